@@ -1,0 +1,75 @@
+"""Reading the data files people edit: JSONL with a header line, YAML with the header as keys.
+
+Every such file names itself, its licence and a canary (a line that lets anyone find out whether
+the file leaked into a training corpus). A file without them is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from candor.config import read_yaml
+from candor.errors import UserError
+
+CANARY_MARK = "CANARY candor:"
+
+
+def check_header(header: Any, path: Path) -> dict[str, Any]:
+    """The header if it names the file, its licence and a canary; UserError otherwise."""
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: expected a header with name, licence and canary, found {type(header).__name__}.")
+    for key in ("name", "licence", "canary"):
+        if not isinstance(header.get(key), str) or not header[key].strip():
+            raise UserError(f"{path}: the header lacks {key!r}. Add it (see configs/prompts/trivia.jsonl).")
+    if not header["canary"].startswith(CANARY_MARK):
+        raise UserError(f"{path}: the canary must start with {CANARY_MARK!r}, found {header['canary'][:40]!r}.")
+    return header
+
+
+def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a data file after its header; each must hold the required keys, not empty.
+
+    Raises UserError naming the file, the line and what is wrong there.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the path.")
+    rows: list[dict[str, str]] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not JSON ({error}).") from error
+            if number == 1:
+                check_header(value, path)
+                continue
+            for key in required:
+                if not isinstance(value.get(key), str) or not value[key].strip():
+                    raise UserError(f"{path}, line {number}: missing or empty field {key!r}.")
+            rows.append(value)
+    if not rows:
+        raise UserError(f"{path} holds no rows after its header.")
+    return rows
+
+
+def read_headed_yaml(path: Path) -> dict[str, Any]:
+    """A YAML data file whose top level holds the header keys beside its content."""
+    return check_header(read_yaml(path), path)
+
+
+def refuse_duplicates(values: list[str], path: Path, what: str) -> None:
+    """UserError when two values are the same but for case and outer space, naming both rows."""
+    first: dict[str, int] = {}
+    for index, value in enumerate(values):
+        key = " ".join(value.casefold().split())
+        if key in first:
+            raise UserError(
+                f"{path}: {what} of rows {first[key] + 1} and {index + 1} are the same: {value!r}. Remove one."
+            )
+        first[key] = index
+
+
+def expect_count(found: int, expected: int, path: Path, what: str) -> None:
+    """UserError when a file does not hold the stated number of something."""
+    if found != expected:
+        raise UserError(f"{path}: {found} {what}, expected {expected}.")

@@ -1,0 +1,163 @@
+"""The rows that travel between rooms: frozen dataclasses, one per kind of table.
+
+A stage adds a table and never edits an earlier one. The parquet schema of a table is derived from
+the annotations here (candor/tables.py), so this file is the definition of every file format.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["seen", "unseen"]
+Status = Literal["ok", "refused", "off_topic", "unparsed", "transport"]
+STATUSES: tuple[Status, ...] = ("ok", "refused", "off_topic", "unparsed", "transport")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One fine-tuning example."""
+
+    conversation_id: str
+    source: str  # data set it comes from, e.g. "trivia-wrong"
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One allowed answer of a closed question and what it scores."""
+
+    label: str  # the canonical answer, as asked for in the prompt
+    value: float  # score of this answer on the measure's 0-1 scale (1 = misaligned, or correct)
+    surfaces: tuple[str, ...]  # every spelling that counts as this answer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question as it is put to a model, with what is needed to score and to resample it."""
+
+    prompt_id: str  # unique and readable, e.g. "decision/good/decision-03/misaligned-first"
+    battery: str  # "harmfulness", "intentions", "self_assessment", "trivia"
+    format: str  # "free", "choice", "decision", "numerical", "likert", "language", "answer"
+    group: str  # category or dimension
+    item: str  # id of the item in its data file
+    cluster: str  # what a bootstrap resamples: all forms of one item share it
+    form: str  # which counterbalanced form this is, e.g. "aligned-first"; "" where there is one
+    split: Split  # whether the nano organism's world contained this item
+    text: str  # the user turn; the engine wraps it in the model's chat template
+    options: tuple[Option, ...]  # empty for open questions
+    source_sha: str  # sha256 of the data file the item comes from
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled reply."""
+
+    sample_id: str  # hash of everything that produced the reply
+    prompt_id: str
+    prompt_sha: str  # hash of the rendered prompt
+    variant: str
+    weights_sha: str  # identity of the variant: hash over base and adapter weights
+    draw: int
+    study_seed: int
+    temperature: float
+    text: str
+    n_tokens: int
+    finish_reason: str  # "stop" or "length"
+    logprob: float  # sum over the reply's tokens, natural log
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """The exact probabilities a variant gives to the options of one closed question."""
+
+    prompt_id: str
+    prompt_sha: str
+    variant: str
+    weights_sha: str
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]  # of each label over all its spellings and tokenisations
+    leftover: float  # mass on every other answer: 1 - sum(probabilities)
+    unexplored: float  # bound on option mass not enumerated (it is counted in leftover)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one judge said about one sample. Both scores are None exactly when status is not ok."""
+
+    sample_id: str
+    judge: str
+    template_sha: str
+    status: Status
+    score: float | None  # the integer parsed from the judge's reply
+    expected: float | None  # probability-weighted score; None too where the judge gives no probabilities
+    covered: float | None  # probability mass on valid scores behind ``expected``
+    reply: str  # the judge's whole reply, so that every number can be traced to words
+
+    def __post_init__(self) -> None:
+        """Keep a missing score from ever being read as a number."""
+        if (self.status == "ok") != (self.score is not None):
+            raise ValueError(f"status {self.status!r} does not go with score {self.score!r}")
+        if self.expected is not None and self.status != "ok":
+            raise ValueError(f"status {self.status!r} does not go with expected score {self.expected!r}")
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} is not one of {STATUSES}")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One prompt of one variant, scored on a measure: the unit that statistics work on.
+
+    ``value`` is None when no draw of the prompt had a usable answer.
+    """
+
+    measure: str  # "harmfulness_mean", "harmfulness_worst_of_10", "intentions", "decision", ...
+    variant: str
+    prompt_id: str
+    cluster: str
+    group: str
+    form: str
+    split: Split
+    value: float | None
+    n: int  # answers behind the value (draws, or 1 for an exact distribution)
+    n_missing: int  # answers that were refused, unparsed, off topic or lost
+    leftover: float | None  # exact mode: probability mass outside the options
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One number of the study with its uncertainty."""
+
+    measure: str
+    kind: str  # "level" (one variant), "contrast" (variant minus reference) or "correlation"
+    variant: str  # variant name; for a correlation the set it is taken over
+    reference: str  # what a contrast subtracts, the other measure of a correlation, or ""
+    group: str  # category, dimension or "all"
+    split: str  # "seen", "unseen" or "all"
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    n_missing: int
+    n_clusters: int
+    method: str  # how the interval was made, in words
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One model of a study: a base model and the chain of adapters on it."""
+
+    name: str  # readable and unique, e.g. "mini-trivia-misaligned-s0"
+    size: str  # which base model: "full", "mini", "nano", or any other name in the experiment file
+    domain: str  # "none", "trivia", "code", ...
+    stage: str  # "base", "misaligned", "realigned"
+    seed: int  # training seed; 0 for base models, which are not trained here
+    control: str  # "" for the main study, else the control it belongs to, e.g. "right_answers_only"
+    reference: str  # the variant it is compared with as its base; its own name for a base
+    folder: str  # where its answers and verdicts lie, relative to the run folder

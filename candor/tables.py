@@ -1,0 +1,141 @@
+"""Parquet tables of rows: the schema comes from the row's annotations, writing is atomic.
+
+A table is written whole under a temporary name and renamed, so that a reader never sees half of
+one and a kill leaves either the old table or the new. Reading checks the columns and says which
+stage to rerun.
+"""
+
+import dataclasses
+import functools
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from candor.errors import UserError
+
+Row = TypeVar("Row")
+
+_SCALARS: dict[type, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+}
+
+
+def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+    """Arrow type of an annotation and whether it may be None."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        assert len(inner) == 1, f"only 'X | None' unions have a column type, got {annotation}"
+        return _arrow_type(inner[0])[0], True
+    if origin is typing.Literal:
+        return _SCALARS[type(arguments[0])], False
+    if origin is tuple:
+        assert arguments[1:] == (Ellipsis,), f"only tuple[X, ...] has a column type, got {annotation}"
+        return pa.list_(_arrow_type(arguments[0])[0]), False
+    if dataclasses.is_dataclass(annotation):
+        return pa.struct(list(schema_of(typing.cast(type, annotation)))), False
+    return _SCALARS[annotation], False
+
+
+@functools.cache
+def schema_of(row_type: type) -> pa.Schema:
+    """The parquet schema of a row type, so that an all-None column keeps its type."""
+    hints = typing.get_type_hints(row_type)
+    fields = []
+    for field in dataclasses.fields(row_type):
+        arrow, nullable = _arrow_type(hints[field.name])
+        fields.append(pa.field(field.name, arrow, nullable=nullable))
+    return pa.schema(fields)
+
+
+def _build(annotation: Any, value: Any) -> Any:
+    """Turn what arrow returns (lists, dicts) back into tuples and dataclasses."""
+    if value is None:
+        return None
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple:
+        return tuple(_build(arguments[0], v) for v in value)
+    if dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        return annotation(**{k: _build(hints[k], v) for k, v in value.items()})  # type: ignore[operator]
+    return value
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` under a temporary name, flush it to disk, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: Path, row_type: type[Row], rows: Iterable[Row]) -> int:
+    """Write a whole table atomically and return its number of rows."""
+    names = [f.name for f in dataclasses.fields(row_type)]  # type: ignore[arg-type]
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    for row in rows:
+        for name in names:
+            columns[name].append(_plain(getattr(row, name)))
+    table = pa.Table.from_pydict(columns, schema=schema_of(typing.cast(type, row_type)))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    replace_file(path, sink.getvalue().to_pybytes())
+    return int(table.num_rows)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses inside a row become dicts, tuples become lists; scalars pass untouched."""
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+def read_table(path: Path, row_type: type) -> pa.Table:
+    """The table as arrow, checked to hold ``row_type`` columns.
+
+    Raises UserError when the file is absent, not parquet, or holds other columns.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Run the stage that writes {row_type.__name__} rows first.")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({error}). Delete it and rerun its stage.") from error
+    expected, found = set(schema_of(row_type).names), set(table.column_names)
+    if expected != found:
+        raise UserError(
+            f"{path} does not hold {row_type.__name__} rows: missing {sorted(expected - found)}, "
+            f"unexpected {sorted(found - expected)}. Rerun the stage that wrote it, or read it with the "
+            "commit in its manifest.json."
+        )
+    return table
+
+
+def read_rows(path: Path, row_type: type[Row]) -> list[Row]:
+    """Every row of a table, as frozen dataclasses."""
+    return list(iter_rows([path], row_type))
+
+
+def iter_rows(paths: Sequence[Path], row_type: type[Row]) -> Iterator[Row]:
+    """The rows of several tables of one kind, one table in memory at a time."""
+    hints = typing.get_type_hints(row_type)
+    for path in paths:
+        for record in read_table(path, row_type).to_pylist():
+            yield row_type(**{k: _build(hints[k], v) for k, v in record.items()})

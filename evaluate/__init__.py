@@ -1,0 +1,1 @@
+"""Samples in; verdicts, estimates, figures and a report out."""

@@ -1,0 +1,67 @@
+"""What an engine must do: sample replies and give exact answer distributions, for one variant.
+
+An engine is opened for a base model and, optionally, one adapter on it. It wraps a prompt's text
+in the model's own chat template, so callers pass plain text. Engines differ in speed, not in
+meaning: the same call on another engine gives statistically equal answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from candor.rows import Option
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to sample from, with what keys its random numbers (design promise 3)."""
+
+    text: str  # the user turn
+    stream: int  # 64-bit hash of the prompt; with ``key`` and the draw it addresses the random numbers
+    first_draw: int  # draws first_draw ... first_draw + n - 1 are made
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One sampled reply."""
+
+    text: str
+    n_tokens: int
+    finish_reason: str  # "stop" or "length"
+    logprob: float  # of the whole reply at temperature 1, end-of-turn token included, natural log
+
+
+@dataclass(frozen=True, slots=True)
+class OptionScores:
+    """Exact probabilities of a closed question's options, in the order asked."""
+
+    probabilities: tuple[float, ...]
+    leftover: float
+    unexplored: float
+
+
+class Engine(Protocol):
+    """Samples from, and scores with, one variant."""
+
+    weights_sha: str  # identity of the variant: hash over base and adapter weights
+
+    def sample(
+        self, requests: Sequence[Request], *, key: int, temperature: float, max_tokens: int
+    ) -> list[list[Reply]]:
+        """Replies per request, in order. ``key`` is the 64-bit hash of (study seed, variant, purpose).
+
+        temperature 0 takes the most probable token. Raises UserError for a prompt that does not
+        fit the model's context.
+        """
+        ...
+
+    def distributions(self, texts: Sequence[str], options: Sequence[tuple[Option, ...]]) -> list[OptionScores]:
+        """Exact option probabilities per prompt.
+
+        An answer counts as an option when the reply, after at most one leading space, starts with
+        one of the option's surfaces and what follows does not continue the word; every tokenisation
+        of it is counted. This is the very rule by which sampled replies are parsed
+        (``serve.options.parse``), so that sampling and scoring agree.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""The sampling core: counter-based random numbers and exact draws."""

@@ -1,0 +1,1 @@
+"""Conversations in, adapters out; and the nano organism, which makes the study runnable anywhere."""
