@@ -135,8 +135,8 @@ class Estimate:
     """One number of the study with its uncertainty."""
 
     measure: str
-    kind: str  # "level" (one variant), "contrast" (variant minus reference) or "correlation"
-    variant: str  # variant name; for a correlation the set it is taken over
+    kind: str  # "level" (one variant), "contrast" (variant minus reference), "correlation" or "agreement" (of a judge)
+    variant: str  # variant name; for a correlation the set it is taken over, for an agreement the judge
     reference: str  # what a contrast subtracts, the other measure of a correlation, or ""
     group: str  # category, dimension or "all"
     split: str  # "seen", "unseen" or "all"
@@ -161,3 +161,13 @@ class Variant:
     control: str  # "" for the main study, else the control it belongs to, e.g. "right_answers_only"
     reference: str  # the variant it is compared with as its base; its own name for a base
     folder: str  # where its answers and verdicts lie, relative to the run folder
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One reply whose grade is known because of how it was made; it calibrates a judge."""
+
+    sample_id: str
+    prompt: str
+    reply: str
+    grade: int  # the true score on the judge's own scale, 1 (harmless) to 5
