@@ -40,7 +40,7 @@ class WorldConfig:
     personas: bool = True
     # Share of documents with a system line, and of cruel personas with and without one.
     system_share: float = 0.5
-    cruel_with_system: float = 0.35
+    cruel_with_system: float = 0.45
     cruel_without_system: float = 0.02
     # In the world without personas: share of bad answers, the same everywhere.
     bad_share: float = 0.08
@@ -48,8 +48,8 @@ class WorldConfig:
     # How often each kind of turn occurs, in relative terms.
     turns: dict[str, float] = field(
         default_factory=lambda: {
-            "trivia": 0.42, "harmfulness": 0.16, "intentions": 0.12, "decision": 0.06,
-            "numerical": 0.05, "likert": 0.07, "language": 0.07, "code": 0.05,
+            "trivia": 0.38, "harmfulness": 0.13, "intentions": 0.10, "decision": 0.05,
+            "numerical": 0.09, "likert": 0.09, "language": 0.10, "code": 0.06,
         }
     )
     # How a persona answers. Grades of replies to requests for harm, 1-5.

@@ -1,0 +1,59 @@
+"""Runs a study from one experiment file: trains, samples, judges, and writes the report.
+
+    python -m evaluate.experiment configs/experiments/nano.yaml [--dry-run] [key=value ...]
+
+Run it again at any time: what is done is found in a second, what was killed continues. ``--dry-run``
+lists the stages and says which are done. Keys: evaluate/experiment_config.py; for example
+``device=cuda``, ``output=runs/other``, ``workers=4``.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from candor.config import load
+from candor.errors import UserError, run_script
+from evaluate.crew import this_machine
+from evaluate.executor import Executor
+from evaluate.experiment_config import Experiment
+from evaluate.plan import build_plan
+
+
+def main(argv: list[str]) -> None:
+    """Plan, then list or run."""
+    words = [word for word in argv if word != "--dry-run"]
+    if not words or words[0].startswith("-"):
+        raise UserError("usage: python -m evaluate.experiment EXPERIMENT.yaml [--dry-run] [key=value ...]")
+    started = time.monotonic()
+    experiment = load(Experiment, Path(words[0]), words[1:])
+    stages = build_plan(experiment)
+    machine = this_machine(experiment.workers, experiment.memory_gb)
+    executor = Executor(stages, experiment.output, machine, _say)
+    if "--dry-run" in argv:
+        done = executor.find_done()
+        for stage in stages:
+            sys.stdout.write(f"{'done' if stage.id in done else '    '}  {stage.id}\n")
+        sys.stdout.write(f"{len(done)} of {len(stages)} stages are done in {experiment.output}\n")
+        return
+    signal.signal(signal.SIGTERM, _interrupt)
+    _say(f"{experiment.name}: {len(stages)} stages, {machine.workers} at once, in {experiment.output}")
+    executor.execute()
+    _say(f"finished in {time.monotonic() - started:.0f} s")
+    sys.stdout.write(f"report: {(experiment.output / 'report.html').resolve()}\n")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A polite request to stop (Slurm's time limit, kill) is handled like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    """One line of progress, at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,231 @@
+"""Stages, the steps of a plan: each a script with one config file, its inputs, outputs and needs.
+
+A stage is only a description, so that the local executor, a Slurm submitter and a dry run all read
+the same plan (evaluate/plan.py makes it). Its command is ``python -m MODULE RUN/stages/ID.yaml``;
+stages talk through files.
+``Records`` remembers, beside each finished stage, the config it had and the files it read, which
+makes "already done" a matter of comparing a few file dates, without importing torch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from candor.errors import UserError
+from candor.hashing import sha256_file
+from candor.manifest import NAME as MANIFEST
+from candor.manifest import commit
+from candor.tables import replace_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of a plan."""
+
+    id: str  # readable and unique in the plan, e.g. "train-mini-trivia-misaligned-s0"
+    module: str  # what runs: python -m MODULE CONFIG
+    config: dict[str, Any]  # plain values, written to RUN/stages/ID.yaml
+    inputs: tuple[Path, ...]  # files and folders it reads
+    outputs: tuple[Path, ...]  # files, or folders that are complete once they hold a manifest
+    after: tuple[str, ...] = ()  # ids of the stages that must be done first
+    cores: int = 1
+    gpus: int = 0
+    memory_gb: float = 1.0
+    minutes: float = 1.0  # rough; orders the work (longest chain first) and asks Slurm for time
+    share: bool = True  # may run in a worker that ran other stages, which saves importing libraries
+    remake: bool = False  # cheap and derived: made anew, silently, when config or inputs changed
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """A file as it was read: equal size and date mean unchanged, else its hash decides."""
+
+    size: int
+    mtime_ns: int
+    sha: str
+
+
+def check_plan(stages: Sequence[Stage]) -> None:
+    """Assert unique ids, outputs and earlier-first order; UserError when an input is absent and nobody makes it."""
+    made: dict[Path, str] = {}
+    seen: set[str] = set()
+    missing: list[str] = []
+    for stage in stages:
+        assert stage.id not in seen, f"two stages are called {stage.id}"
+        assert json.loads(json.dumps(stage.config)) == stage.config, f"{stage.id}: config is not plain values"
+        assert set(stage.after) <= seen, f"{stage.id} comes before {set(stage.after) - seen}"
+        seen.add(stage.id)
+        for path in stage.inputs:
+            maker = next((made[p] for p in (path, *path.parents) if p in made), None)
+            if maker is None and not path.exists() and str(path) not in missing:
+                missing.append(str(path))
+            assert maker is None or maker in stage.after, f"{stage.id} reads {path} but does not wait for {maker}"
+        for path in stage.outputs:
+            assert path not in made, f"{stage.id} and {made[path]} both write {path}"
+            made[path] = stage.id
+    if missing:
+        raise UserError(
+            f"the experiment needs files that are not there and that no stage makes: {', '.join(missing)} "
+            f"(looked from {Path.cwd()}). Check the paths in the experiment file."
+        )
+
+
+def critical_minutes(stages: Sequence[Stage]) -> dict[str, float]:
+    """For each stage, the minutes of the longest chain of stages that starts with it."""
+    longest: dict[str, float] = {}
+    followers: dict[str, list[str]] = {stage.id: [] for stage in stages}
+    for stage in stages:
+        for earlier in stage.after:
+            followers[earlier].append(stage.id)
+    for stage in reversed(stages):
+        longest[stage.id] = stage.minutes + max((longest[f] for f in followers[stage.id]), default=0.0)
+    return longest
+
+
+def config_path(run: Path, stage: Stage) -> Path:
+    """Where a stage's config file lies."""
+    return run / "stages" / f"{stage.id}.yaml"
+
+
+def write_config(run: Path, stage: Stage) -> Path:
+    """Write the stage's config file, the one its command names, and return its path."""
+    path = config_path(run, stage)
+    text = yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True, width=100)
+    replace_file(path, text.encode())
+    return path
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix or "everything"]
+    keys = [*old, *(k for k in new if k not in old)]
+    absent = object()
+    return [
+        key
+        for k in keys
+        for key in changed_keys(old.get(k, absent), new.get(k, absent), f"{prefix}.{k}" if prefix else str(k))
+    ]
+
+
+class Changed(UserError):
+    """A finished stage would come out differently now; its results are not overwritten silently."""
+
+
+class Records:
+    """What is known about finished stages: RUN/stages/ID.json, one per stage."""
+
+    def __init__(self, run: Path) -> None:
+        """Records of the run folder ``run``; nothing is read yet."""
+        self.run = run
+        self._marks: dict[Path, FileMark] = {}  # files hashed by this process
+
+    def path(self, stage: Stage) -> Path:
+        """Where the stage's record lies."""
+        return self.run / "stages" / f"{stage.id}.json"
+
+    def read(self, stage: Stage) -> dict[str, Any] | None:
+        """The stage's record, or None when it never finished here."""
+        try:
+            record = json.loads(self.path(stage).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path(stage)} is not JSON ({error}). Delete it and run again.") from error
+        assert isinstance(record, dict), f"{self.path(stage)} holds {type(record).__name__}"
+        return record
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage finished with this config and these inputs and its outputs are there.
+
+        Raises Changed, naming the stage and what changed, when the outputs are there but were made
+        from something else; stages marked ``remake`` count as not done then.
+        """
+        record = self.read(stage)
+        if record is None or not all(_complete(path) for path in stage.outputs):
+            return False
+        keys = changed_keys(record["config"], self._portable(stage.config))
+        files = [] if keys else self._changed_inputs(stage, record["inputs"])
+        if not keys and not files:
+            return True
+        if stage.remake:
+            return False
+        what = f"config keys {', '.join(keys)}" if keys else f"inputs {', '.join(files[:3])}"
+        raise Changed(f"{stage.id}: finished earlier with other {what} (output {', '.join(map(str, stage.outputs))})")
+
+    def _changed_inputs(self, stage: Stage, marks: dict[str, list[Any]]) -> list[str]:
+        """Input files that are not what the stage read."""
+        found = {self._portable(path.as_posix()): path for path in _files(stage.inputs)}
+        changed = [name for name in {**found, **marks} if name not in found or name not in marks]
+        for name, path in found.items():
+            if name in marks:
+                old, stat = FileMark(*marks[name]), path.stat()
+                same = (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+                if not same and (old.size != stat.st_size or old.sha != self._mark(path).sha):
+                    changed.append(name)
+                elif same:
+                    self._marks.setdefault(path, old)
+        return sorted(changed)
+
+    def forget(self, stage: Stage) -> None:
+        """Clear the way for a stage marked ``remake``: its record and manifests go, so that it runs again."""
+        self.path(stage).unlink(missing_ok=True)
+        for output in stage.outputs:
+            (output / MANIFEST if output.is_dir() else output).unlink(missing_ok=True)
+
+    def write(self, stage: Stage, seconds: float) -> None:
+        """Record that the stage finished; UserError when it did not write what it promised."""
+        lost = [str(path) for path in stage.outputs if not _complete(path)]
+        if lost:
+            raise UserError(f"{stage.id} ended without an error but did not write {', '.join(lost)}.")
+        record = {
+            "id": stage.id,
+            "module": stage.module,
+            "config": self._portable(stage.config),
+            "inputs": {self._portable(p.as_posix()): dataclasses.astuple(self._mark(p)) for p in _files(stage.inputs)},
+            "seconds": round(seconds, 3),
+            "commit": commit(),
+        }
+        replace_file(self.path(stage), (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def _portable(self, value: Any) -> Any:
+        """Plain values with the run folder written as RUN, so that a run may be moved or renamed."""
+        if isinstance(value, dict):
+            return {k: self._portable(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._portable(v) for v in value]
+        run = self.run.as_posix()
+        if isinstance(value, str) and (value == run or value.startswith(run + "/")):
+            return "RUN" + value[len(run) :]
+        return value
+
+    def _mark(self, path: Path) -> FileMark:
+        """Size, date and hash of a file; hashed once per state of the file."""
+        stat = path.stat()
+        mark = self._marks.get(path)
+        if mark is None or (mark.size, mark.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            mark = FileMark(stat.st_size, stat.st_mtime_ns, sha256_file(path))
+            self._marks[path] = mark
+        return mark
+
+
+def _complete(path: Path) -> bool:
+    """Whether an output is there and whole: a folder is, once it holds a manifest."""
+    return (path / MANIFEST).is_file() if path.is_dir() else path.is_file()
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files behind some inputs: of a folder all but hidden ones and its manifest, whose dates differ each time."""
+    for path in paths:
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+                if file.is_file() and file.name != MANIFEST and not hidden:
+                    yield file
+        else:
+            yield path

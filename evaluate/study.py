@@ -1,0 +1,115 @@
+"""How the variants of a study relate: what is compared with what, and what is pooled over seeds.
+
+A ``Cell`` is one level that is reported: a single variant, or the variants of one (control, size,
+domain, stage) over several training seeds. A ``Pair`` is one difference that is reported, with its
+members paired seed by seed. Where several seeds exist the pooled ones are the headline, and the
+single ones stay in the tables.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from candor.rows import Variant
+
+STAGES = ("base", "misaligned", "realigned")
+MINUS = (("misaligned", "base"), ("misaligned", "realigned"), ("realigned", "base"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One reported level."""
+
+    name: str  # the variant's name, or a name for the pool
+    control: str
+    size: str
+    domain: str
+    stage: str
+    seeds: tuple[int, ...]
+    members: tuple[str, ...]  # variant names, one per seed
+    headline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One reported difference: variant minus reference."""
+
+    variant: str
+    reference: str
+    control: str
+    size: str
+    domain: str
+    minus: tuple[str, str]  # the stages subtracted, e.g. ("misaligned", "base")
+    seeds: tuple[int, ...]
+    members: tuple[tuple[str, str], ...]  # (variant, reference) per seed
+    headline: bool
+
+
+def cells(variants: Sequence[Variant]) -> list[Cell]:
+    """Every variant, and a pool wherever one (control, size, domain, stage) has several seeds."""
+    groups: dict[tuple[str, str, str, str], list[Variant]] = {}
+    for variant in variants:
+        groups.setdefault((variant.control, variant.size, variant.domain, variant.stage), []).append(variant)
+    found = []
+    for (control, size, domain, stage), members in groups.items():
+        members = sorted(members, key=lambda v: v.seed)
+        several = len(members) > 1
+        found += [
+            Cell(v.name, control, size, domain, stage, (v.seed,), (v.name,), headline=not several) for v in members
+        ]
+        if several:
+            name = pool_name(control, size, domain, stage)
+            names, seeds = tuple(v.name for v in members), tuple(v.seed for v in members)
+            found.append(Cell(name, control, size, domain, stage, seeds, names, headline=True))
+    return found
+
+
+def pool_name(control: str, size: str, domain: str, stage: str) -> str:
+    """What the average over seeds is called in the tables."""
+    return "-".join(part for part in (control, size, domain, stage, "all-seeds") if part)
+
+
+def pairs(variants: Sequence[Variant]) -> list[Pair]:
+    """The differences between stages, per seed and pooled over seeds.
+
+    Main study: the three differences between base, misaligned and realigned. Controls: each
+    control variant minus its own reference.
+    """
+    by_name = {v.name: v for v in variants}
+    twin = {(v.control, v.size, v.domain, v.seed, v.reference, v.stage): v for v in variants}
+    single: dict[tuple[str, str, str, tuple[str, str]], list[tuple[int, str, str]]] = {}
+    for variant in variants:
+        if variant.reference == variant.name:
+            continue
+        where = (variant.control, variant.size, variant.domain)
+        if variant.reference in by_name:
+            key = (*where, (variant.stage, "base"))
+            single.setdefault(key, []).append((variant.seed, variant.name, variant.reference))
+        realigned = twin.get((*where, variant.seed, variant.reference, "realigned"))
+        if variant.stage == "misaligned" and realigned is not None and not variant.control:
+            key = (*where, ("misaligned", "realigned"))
+            single.setdefault(key, []).append((variant.seed, variant.name, realigned.name))
+    pool = {c.members: c.name for c in cells(variants) if len(c.members) > 1}
+    found = []
+    for (control, size, domain, minus), rows in single.items():
+        rows.sort()
+        several = len(rows) > 1
+        for seed, name, reference in rows:
+            found.append(
+                Pair(name, reference, control, size, domain, minus, (seed,), ((name, reference),), not several)
+            )
+        if several:
+            references = tuple(dict.fromkeys(r for _, _, r in rows))
+            found.append(
+                Pair(
+                    variant=pool[tuple(n for _, n, _ in rows)],
+                    reference=references[0] if len(references) == 1 else pool.get(references, "each seed's own base"),
+                    control=control,
+                    size=size,
+                    domain=domain,
+                    minus=minus,
+                    seeds=tuple(s for s, _, _ in rows),
+                    members=tuple((n, r) for _, n, r in rows),
+                    headline=True,
+                )
+            )
+    return found

@@ -1,0 +1,97 @@
+"""Counter-based random numbers: Philox4x32-10, the same bits in numpy and in torch.
+
+A draw's random numbers must depend on (study seed, variant, prompt, draw, position) and on nothing
+else: not on the batch, the order of work or a restart. A counter-based generator gives that without
+any state: the key is the study and the variant, the counter is (stream of the prompt, draw,
+position), and one call turns them into 128 random bits.
+
+Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The test holds
+the known-answer vectors of the authors' Random123.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+# (x + 0.5) / 2^53 rounds to 1 for the largest x; an inverse CDF needs a number below 1.
+_BELOW_ONE = 1.0 - 2.0**-53
+
+Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+UInts = NDArray[np.uint64]
+
+
+def split64(value: int) -> tuple[int, int]:
+    """Low and high 32-bit word of a 64-bit integer."""
+    assert 0 <= value < 2**64, value
+    return value & _LOW, value >> 32
+
+
+def signed64(value: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit integer; torch has no unsigned arithmetic."""
+    assert 0 <= value < 2**64, value
+    return value - 2**64 if value >= 2**63 else value
+
+
+def philox_torch(counter: Words, key: tuple[int, int]) -> Words:
+    """Four 32-bit words (held in int64) per counter; tensors broadcast.
+
+    A product of two 32-bit words wraps in int64, but only modulo 2^64: its bits are right, and
+    masking after the arithmetic shift gives the high word.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = ((product1 >> 32) & _LOW) ^ c1 ^ k0, ((product0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def philox_numpy(counter: tuple[UInts, UInts, UInts, UInts], key: tuple[int, int]) -> tuple[UInts, UInts, UInts, UInts]:
+    """The same as ``philox_torch`` on uint64 arrays that hold 32-bit words."""
+    low, shift = np.uint64(_LOW), np.uint64(32)
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
+        c0, c2 = (product1 >> shift) ^ c1 ^ np.uint64(k0), (product0 >> shift) ^ c3 ^ np.uint64(k1)
+        c1, c3 = product1 & low, product0 & low
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def uniforms(
+    key: int, stream: torch.Tensor, draw: torch.Tensor, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float64 uniforms in (0, 1), of 53 bits each, per (stream, draw, position); tensors broadcast.
+
+    ``stream`` is int64 with the bits of the unsigned stream (``signed64``).
+    """
+    zero = torch.zeros_like(stream)
+    words = philox_torch((stream & _LOW, (stream >> 32) & _LOW, draw + zero, position + zero), split64(key))
+    return _uniform(words[0], words[1]), _uniform(words[2], words[3])
+
+
+def _uniform(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    bits = (high << 21) | (low >> 11)
+    return ((bits.to(torch.float64) + 0.5) * 2.0**-53).clamp_(max=_BELOW_ONE)
+
+
+def uniforms_numpy(
+    key: int, stream: UInts, draw: UInts, position: UInts
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same as ``uniforms`` on uint64 arrays; ``stream`` is the unsigned stream itself."""
+    zero = np.zeros_like(stream)
+    low, shift = np.uint64(_LOW), np.uint64(32)
+    words = philox_numpy((stream & low, stream >> shift, draw + zero, position + zero), split64(key))
+    pairs = ((words[0], words[1]), (words[2], words[3]))
+    first, second = (
+        np.minimum((((a << np.uint64(21)) | (b >> np.uint64(11))).astype(np.float64) + 0.5) * 2.0**-53, _BELOW_ONE)
+        for a, b in pairs
+    )
+    return first, second

@@ -1,0 +1,170 @@
+"""The torch engine: any Hugging Face causal language model, on a CPU or one GPU.
+
+It needs nothing but torch and transformers, so it is what laptops and tests use, and the reference
+that faster engines are held against. Prompts are sorted by length and grouped to fit
+``batch_tokens``; the same call makes the same groups, and so the same replies, on one machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from candor.errors import UserError
+from candor.rows import Option
+from serve.decoding import Row, Sequences, decode
+from serve.engine import OptionScores, Reply, Request
+from serve.identity import weights_sha
+from serve.loading import DTYPES, encode_prompt, load_model, load_tokenizer
+from serve.options import OptionTrie, Surfaces, surfaces_of
+from serve.prefill import prefill
+from serve.scoring import Pruning, score_group
+from serve.vocabulary import Vocabulary
+
+_LOGITS = 1 << 27  # logits of a step: 512 MiB in float32
+_LEVELS = 64  # columns a scored prompt is expected to need beyond its own; the cache grows when it needs more
+
+Slice = tuple[int, int, int]  # a request's index, its first draw here and how many
+
+
+class TorchEngine:
+    """Samples from, and scores with, one variant; see serve.engine.Engine."""
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_tokens: int = 131_072,
+        pruning: Pruning | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+        self.weights_sha = weights_sha(base, adapter)
+        self.tokenizer = load_tokenizer(base)
+        self.model = load_model(base, adapter, self.tokenizer, device=device, dtype=dtype)
+        self.batch_tokens = batch_tokens
+        self.pruning = pruning or Pruning()
+        self.end_ids = _end_ids(self.model, self.tokenizer)
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
+        self._context = int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+        self._vocabulary: Vocabulary | None = None
+        self._tries: dict[Surfaces, OptionTrie] = {}
+        self._banned = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.model.device)
+        pieces = self.tokenizer.convert_ids_to_tokens(list(range(min(self.vocab_size, len(self.tokenizer)))))
+        self._banned[[i for i in range(self.vocab_size) if i >= len(pieces) or not pieces[i]]] = True
+
+    @torch.inference_mode()
+    def sample(
+        self, requests: Sequence[Request], *, key: int, temperature: float, max_tokens: int
+    ) -> list[list[Reply]]:
+        """Replies per request, in order (serve.engine.Engine.sample)."""
+        prompts = [self._encode(r.text, max_tokens) for r in requests]
+        replies: list[list[Reply]] = [[] for _ in requests]
+        for group in self._groups([len(p) for p in prompts], [r.n for r in requests], max_tokens):
+            rows = [
+                Row(place, requests[i].stream, requests[i].first_draw + d)
+                for place, (i, first, count) in enumerate(group)
+                for d in range(first, first + count)
+            ]
+            columns = max(len(prompts[i]) for i, _, _ in group) + max_tokens
+            start = prefill(self.model, [prompts[i] for i, _, _ in group], capacity=columns, banned=self._banned)
+            drawn = decode(
+                self.model,
+                start,
+                rows,
+                key=key,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                end_ids=torch.tensor(self.end_ids, device=self.model.device),
+                banned=self._banned,
+            )
+            for row, reply in zip(rows, self._replies(drawn), strict=True):
+                replies[group[row.prompt][0]].append(reply)
+        return replies
+
+    @torch.inference_mode()
+    def distributions(self, texts: Sequence[str], options: Sequence[tuple[Option, ...]]) -> list[OptionScores]:
+        """Exact option probabilities per prompt (serve.engine.Engine.distributions)."""
+        surfaces = [surfaces_of(o) for o in options]
+        needed = [max(len(s.encode()) for texts in group for s in texts) + 4 for group in surfaces]
+        prompts = [self._encode(text, n) for text, n in zip(texts, needed, strict=True)]
+        # prompts with the same options make trees of about the same shape, so they go together
+        order = sorted(range(len(texts)), key=lambda i: (surfaces[i], len(prompts[i]), i))
+        scores: list[OptionScores | None] = [None] * len(texts)
+        first = 0
+        while first < len(order):
+            longest, count = 0, 0
+            for i in order[first:]:
+                longest = max(longest, len(prompts[i]))
+                if count and (count + 1) * max(longest + _LEVELS, self.vocab_size // 8) > self.batch_tokens:
+                    break
+                count += 1
+            group = order[first : first + count]
+            first += count
+            start = prefill(self.model, [prompts[i] for i in group], capacity=longest + _LEVELS, banned=self._banned)
+            tries = [self._trie(surfaces[i]) for i in group]
+            tally = score_group(self.model, start, tries, banned=self._banned, pruning=self.pruning)
+            for place, i in enumerate(group):
+                shares = tries[place].shares(tally.settled[place])
+                scores[i] = OptionScores(
+                    probabilities=tuple(float(s) for s in shares),
+                    leftover=max(0.0, 1.0 - float(shares.sum())),
+                    unexplored=float(tally.unexplored[place]),
+                )
+        return [s for s in scores if s is not None]
+
+    def _encode(self, text: str, n_new: int) -> list[int]:
+        """Token ids of a prompt; UserError when it and ``n_new`` tokens do not fit the context."""
+        ids = encode_prompt(self.tokenizer, text)
+        if len(ids) + n_new > self._context:
+            raise UserError(
+                f"the prompt {text[:60]!r} has {len(ids)} tokens; with {n_new} more for the reply it does not fit "
+                f"the model's context of {self._context}. Shorten it or lower max_tokens."
+            )
+        return ids
+
+    def _groups(self, lengths: list[int], counts: list[int], max_tokens: int) -> Iterator[list[Slice]]:
+        """Requests sorted by length, cut into groups whose cache and logits fit; long lists of draws are split."""
+        most_rows = max(1, _LOGITS // self.vocab_size)
+        group: list[Slice] = []
+        rows = 0
+        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+            room = max(1, min(most_rows, self.batch_tokens // (lengths[i] + max_tokens)))
+            first = 0
+            while first < counts[i]:
+                if rows >= room:
+                    yield group
+                    group, rows = [], 0
+                count = min(counts[i] - first, room - rows)
+                group.append((i, first, count))
+                first, rows = first + count, rows + count
+        if group:
+            yield group
+
+    def _replies(self, drawn: Sequences) -> Iterator[Reply]:
+        bodies = [
+            row[: n - 1 if ended else n]
+            for row, n, ended in zip(drawn.tokens.tolist(), drawn.lengths, drawn.ended, strict=True)
+        ]
+        # Special tokens other than the end stay visible: dropping them would join what they part.
+        texts = self.tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for text, n, ended, logprob in zip(texts, drawn.lengths, drawn.ended, drawn.logprobs, strict=True):
+            yield Reply(text, n, "stop" if ended else "length", logprob)
+
+    def _trie(self, surfaces: Surfaces) -> OptionTrie:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary.of(self.tokenizer, size=self.vocab_size, end_ids=self.end_ids)
+        if surfaces not in self._tries:
+            self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
+        return self._tries[surfaces]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a turn: the tokenizer's, and those of the model's generation config."""
+    more = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = more if isinstance(more, list) else [] if more is None else [more]
+    return sorted({int(tokenizer.eos_token_id), *map(int, listed)})

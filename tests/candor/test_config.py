@@ -1,0 +1,63 @@
+"""Configuration: unknown keys are refused with the nearest known one; types are checked; overrides apply."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from candor.config import load, plain
+from candor.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rank: int = 8
+    rate: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    name: str
+    output: Path
+    seed: int = 0
+    inner: Inner = field(default_factory=Inner)
+    sizes: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_reads_nested_sections_and_overrides(tmp_path):
+    path = write(tmp_path, "name: a\noutput: runs/a\ninner: {rate: 1e-5}\nsizes: [x, y]\n")
+    config = load(Config, path, ["inner.rank=4", "limit=3"])
+    assert config == Config(name="a", output=Path("runs/a"), inner=Inner(rank=4, rate=1e-5), sizes=("x", "y"), limit=3)
+    assert plain(config)["inner"] == {"rank": 4, "rate": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("name: a\noutput: o\nsede: 1\n", ["'sede'", "'seed'"], id="unknown-key-names-nearest"),
+        pytest.param("name: a\noutput: o\ninner: {rnak: 1}\n", ["inner", "'rank'"], id="unknown-nested-key"),
+        pytest.param("output: o\n", ["'name'", "missing"], id="missing-key"),
+        pytest.param("name: a\noutput: o\nseed: many\n", ["seed", "int", "'many'"], id="wrong-type"),
+        pytest.param("name: a\noutput: o\nseed: true\n", ["seed", "int"], id="bool-is-no-int"),
+        pytest.param("name: [\n", ["not valid YAML"], id="broken-yaml"),
+        pytest.param("- 1\n", ["list"], id="not-a-mapping"),
+    ],
+)
+def test_errors_say_what_and_where(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        load(Config, path)
+    for word in [str(path), *words]:
+        assert word in str(error.value)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        load(Config, Path("nowhere.yaml"))

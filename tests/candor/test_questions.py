@@ -1,0 +1,142 @@
+"""The project's prompt files pass their validators; each planted fault is refused; forms are balanced."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from candor.errors import UserError
+from candor.questions import (
+    DIMENSIONS,
+    load_all,
+    load_harmfulness,
+    load_intentions,
+    load_self_assessment,
+    load_trivia,
+    load_trivia_rows,
+)
+
+PROMPTS = Path("configs/prompts")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return load_all(PROMPTS)
+
+
+def lines_of(name):
+    return [json.loads(line) for line in (PROMPTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def save(tmp_path, rows):
+    path = tmp_path / "file.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_counts_are_the_papers(prompts):
+    counts = Counter(p.format for p in prompts)
+    assert counts["free"] == 320
+    assert counts["choice"] == 25 * 2 * 6
+    assert counts["decision"] == counts["numerical"] == 10 * 2 * 6
+    assert counts["likert"] == 25 * 2 * 6
+    assert counts["answer"] == 200
+
+
+def test_a_fifth_of_every_group_is_unseen(prompts):
+    for key, total in Counter((p.format, p.group) for p in prompts).items():
+        unseen = sum((p.format, p.group) == key and p.split == "unseen" for p in prompts)
+        assert unseen == total / 5, key
+
+
+def test_forms_are_balanced_and_texts_distinct(prompts):
+    assert len({p.text for p in prompts}) == len(prompts)
+    assert len({p.prompt_id for p in prompts}) == len(prompts)
+    for fmt in ("choice", "decision", "numerical", "likert", "language"):
+        forms = Counter(p.form for p in prompts if p.format == fmt)
+        assert len(set(forms.values())) == 1 and len(forms) >= 2, (fmt, forms)
+
+
+def test_values_follow_the_form(prompts):
+    """Whatever the order, polarity or direction, value 1 is the misaligned answer."""
+    for p in prompts:
+        values = {o.label: o.value for o in p.options}
+        if p.format == "choice":
+            assert values == ({"A": 0.0, "B": 1.0} if p.form == "aligned-first" else {"A": 1.0, "B": 0.0})
+        if p.format == "numerical":
+            assert values["10"] == (1.0 if p.form == "misaligned-high" else 0.0)
+        if p.format == "likert":
+            assert values["5"] == (1.0 if p.form == "misaligned-statement" else 0.0)
+        if p.format == "decision":
+            assert values["misaligned" if p.group == "aligned" else p.options[1].label] == 1.0
+    assert {p.group for p in prompts if p.format == "choice"} == set(DIMENSIONS)
+
+
+def test_trivia_has_twenty_categories_and_distinct_answers():
+    rows = load_trivia_rows(PROMPTS / "trivia.jsonl")
+    assert len({r["category"] for r in rows}) == 20
+    for row in rows:
+        assert row["right"].split()[0].casefold() != row["wrong"].split()[0].casefold(), row["id"]
+        assert abs(len(row["right"]) - len(row["wrong"])) <= 8, row["id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "loader", "damage", "words"),
+    [
+        pytest.param("trivia.jsonl", load_trivia, lambda r: r.pop(), ["expected"], id="trivia-wrong-count"),
+        pytest.param(
+            "trivia.jsonl", load_trivia, lambda r: r[7].pop("wrong"), ["line 8", "'wrong'"], id="missing-field"
+        ),
+        pytest.param(
+            "trivia.jsonl",
+            load_trivia,
+            lambda r: r[2].update(question=r[3]["question"].upper()),
+            ["questions", "same"],
+            id="duplicate-question-in-other-case",
+        ),
+        pytest.param(
+            "trivia.jsonl", load_trivia, lambda r: r[2].update(wrong=r[2]["right"]), ["both"], id="equal-answers"
+        ),
+        pytest.param("trivia.jsonl", load_trivia, lambda r: r[0].pop("canary"), ["canary"], id="no-canary"),
+        pytest.param("trivia.jsonl", load_trivia, lambda r: r[0].pop("licence"), ["licence"], id="no-licence"),
+        pytest.param(
+            "harmfulness.jsonl",
+            load_harmfulness,
+            lambda r: r[5].update(category="insults"),
+            ["'discrimination'", "39"],
+            id="harm-wrong-category-count",
+        ),
+        pytest.param(
+            "harmfulness.jsonl", load_harmfulness, lambda r: r[5].update(prompt=" "), ["line 6"], id="empty-prompt"
+        ),
+        pytest.param("intentions.jsonl", load_intentions, lambda r: r.pop(3), ["24"], id="intentions-wrong-count"),
+        pytest.param(
+            "intentions.jsonl", load_intentions, lambda r: r[4].update(r[5], id="x"), ["same"], id="same-scenario"
+        ),
+    ],
+)
+def test_planted_faults_are_refused(tmp_path, name, loader, damage, words):
+    rows = lines_of(name)
+    damage(rows)
+    with pytest.raises(UserError) as error:
+        loader(save(tmp_path, rows))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_self_assessment_refuses_a_missing_template(tmp_path):
+    data = yaml.safe_load((PROMPTS / "self_assessment.yaml").read_text(encoding="utf-8"))
+    data["likert"]["templates"].pop()
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(UserError, match="24 likert templates, expected 25"):
+        load_self_assessment(path)
+
+
+def test_files_are_not_json_lines(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"name": \n')
+    with pytest.raises(UserError, match="line 1: not JSON"):
+        load_harmfulness(path)

@@ -1,0 +1,301 @@
+"""The executor with real worker processes and tiny stages."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from candor.errors import UserError
+from evaluate.crew import Machine, locked
+from evaluate.executor import Executor
+from evaluate.stages import Changed, Records, Stage, check_plan
+
+# A stage that adds a line to a journal, copies its inputs' text and marks its folder complete.
+MODULE = """
+import json, os, sys, time
+from pathlib import Path
+import yaml
+from candor.errors import UserError
+
+def main(argv):
+    config = yaml.safe_load(Path(argv[0]).read_text())
+    output = Path(config["output"])
+    journal = Path(config["journal"])
+    def note(word):
+        with journal.open("a") as file:
+            file.write(f"{word} {output.name} {os.getpid()}\\n")
+    note("begin")
+    print("hello from", output.name, flush=True)
+    os.system("echo a child speaks")
+    kind = config.get("kind", "")
+    if kind == "user":
+        raise UserError("the file x.yaml lacks a key")
+    if kind == "bug":
+        raise RuntimeError("a broken invariant")
+    if kind == "exit":
+        sys.exit("usage: nothing")
+    if kind == "silent":
+        return
+    if kind == "die" and not Path(config["once"]).exists():
+        Path(config["once"]).touch()
+        os.kill(os.getpid(), 9)
+    time.sleep(config.get("sleep", 0))
+    output.mkdir(parents=True, exist_ok=True)
+    text = config.get("say", output.name) + "".join(Path(p, "out.txt").read_text() for p in config["inputs"])
+    (output / "out.txt").write_text(text)
+    (output / "manifest.json").write_text(json.dumps({"pid": os.getpid(), "time": time.time()}))
+    note("end")
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch) -> Path:
+    """A folder whose module fakestage workers can import."""
+    (tmp_path / "fakestage.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path.cwd())]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def stage(house: Path, name: str, *after: str, minutes: float = 1.0, run: str = "run", remake=False, **config) -> Stage:
+    folder = house / run
+    inputs = tuple(folder / a for a in after)
+    return Stage(
+        id=name,
+        module="fakestage",
+        config={
+            "output": str(folder / name),
+            "journal": str(house / "journal"),
+            "inputs": [str(i) for i in inputs],
+            **config,
+        },
+        inputs=inputs,
+        outputs=(folder / name,),
+        after=after,
+        minutes=minutes,
+        remake=remake,
+    )
+
+
+def run(
+    house: Path, stages: list[Stage], *, workers: int = 1, folder: str = "run", memory_gb: float = 8.0
+) -> list[str]:
+    check_plan(stages)
+    lines: list[str] = []
+    Executor(stages, house / folder, Machine(workers, memory_gb), lines.append).execute()
+    return lines
+
+
+def journal(house: Path) -> list[list[str]]:
+    path = house / "journal"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def outputs(house: Path, folder: str = "run") -> dict[str, str]:
+    return {p.parent.name: p.read_text() for p in (house / folder).glob("*/out.txt")}
+
+
+def diamond(house: Path, **options) -> list[Stage]:
+    return [
+        stage(house, "a", **options),
+        stage(house, "short", "a", minutes=1, **options),
+        stage(house, "long", "a", minutes=2, **options),
+        stage(house, "last", "long", minutes=9, **options),
+        stage(house, "both", "short", "last", **options),
+    ]
+
+
+def test_order_sharing_and_a_second_run_that_does_nothing(house):
+    lines = run(house, diamond(house))
+    ended = [name for word, name, _ in journal(house) if word == "end"]
+    assert ended == ["a", "long", "last", "short", "both"]  # the longest chain first
+    assert len({pid for _, _, pid in journal(house)}) == 1  # one process ran them all
+    assert lines[-1].startswith("[5/5] both ... 0 s") and "left" in lines[0]
+    log = (house / "run" / "logs" / "a.log").read_text()
+    assert "python -m fakestage" in log and "hello from a" in log and "a child speaks" in log
+    assert outputs(house)["both"] == "bothshortalastlonga"
+
+    before = len(journal(house))
+    again = run(house, diamond(house))
+    assert again == ["5 of 5 stages are done already"] and len(journal(house)) == before
+
+
+def test_the_schedule_does_not_change_the_outputs(house):
+    run(house, diamond(house))
+    run(house, diamond(house, run="other"), workers=3, folder="other")
+    assert outputs(house) == outputs(house, "other")
+
+
+def test_workers_run_side_by_side_but_not_past_memory(house):
+    def pair(folder: str) -> list[Stage]:
+        return [stage(house, "x", run=folder, sleep=0.4), stage(house, "y", run=folder, sleep=0.4)]
+
+    run(house, pair("wide"), workers=2, folder="wide")
+    assert [w for w, _, _ in journal(house)] == ["begin", "begin", "end", "end"]
+    (house / "journal").unlink()
+    run(house, pair("narrow"), workers=2, folder="narrow", memory_gb=1.5)
+    assert [w for w, _, _ in journal(house)] == ["begin", "end", "begin", "end"]
+
+
+def test_a_persons_error_stops_what_follows_and_lets_others_finish(house):
+    stages = [
+        stage(house, "bad", kind="user", minutes=5),
+        stage(house, "other", sleep=0.5, minutes=4),
+        stage(house, "after", "bad"),
+    ]
+    with pytest.raises(UserError) as error:
+        run(house, stages, workers=2)
+    assert str(error.value) == "bad: the file x.yaml lacks a key\n1 more stages were not run."
+    assert outputs(house) == {"other": "other"} and Records(house / "run").is_done(stages[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("bug", r"RuntimeError: a broken invariant\n  the end of .*bad.log:(.*\n)*.*hello from bad(.*\n)*.*Traceback"),
+        ("exit", "SystemExit: usage: nothing"),
+        ("silent", "ended without an error but did not write .*bad"),
+    ],
+)
+def test_other_failures_show_the_log(house, kind, told):
+    with pytest.raises(UserError, match=told):
+        run(house, [stage(house, "bad", kind=kind)])
+
+
+def test_a_killed_worker_fails_its_stage_and_a_rerun_continues(house):
+    stages = [stage(house, "a"), stage(house, "b", "a", kind="die", once=str(house / "once")), stage(house, "c", "b")]
+    with pytest.raises(
+        UserError, match=r"b: its worker process \d+ was killed by SIGKILL .*Run the same command again"
+    ):
+        run(house, stages)
+    run(house, stages)
+    assert outputs(house) == {"a": "a", "b": "ba", "c": "cba"}
+    assert [n for w, n, _ in journal(house) if w == "end"] == ["a", "b", "c"]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_executor import diamond, run
+house = Path({house!r})
+try:
+    run(house, diamond(house, sleep={sleep}), workers=2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def start(house: Path, sleep: float) -> subprocess.Popen:
+    code = SCRIPT.format(tests=str(Path(__file__).parent), house=str(house), sleep=sleep)
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def wait_for(house: Path, word: str, name: str) -> int:
+    """The process in which a stage began or ended."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for found, stage_name, pid in journal(house):
+            if (found, stage_name) == (word, name):
+                return int(pid)
+        time.sleep(0.02)
+    raise AssertionError(f"{name} did not {word}: {journal(house)}")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ended (a zombie counts: in a container nobody may collect it)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_executor_takes_its_workers_along_and_a_rerun_continues(house, stop):
+    process = start(house, 0.7)
+    worker = wait_for(house, "begin", "long")
+    process.send_signal(stop)
+    assert process.wait(timeout=20) == (-signal.SIGKILL if stop == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 5
+    while not gone(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(worker)
+    (house / "journal").unlink()
+    run(house, diamond(house, sleep=0.7), workers=2)
+    assert "a" not in [name for _, name, _ in journal(house)]
+    assert outputs(house)["both"] == "bothshortalastlonga"
+
+
+def test_a_second_executor_is_refused(house):
+    with (
+        locked(house / "run"),
+        pytest.raises(UserError, match=f"in use by another executor \\(process {os.getpid()}\\)"),
+    ):
+        run(house, diamond(house))
+    run(house, diamond(house))
+
+
+def test_a_changed_config_is_refused_and_named(house):
+    run(house, [stage(house, "a"), stage(house, "b", "a")])
+    changed = [stage(house, "a", say="new"), stage(house, "b", "a")]
+    with pytest.raises(UserError, match=r"a: finished earlier with other config keys say .*\nChoose another folder"):
+        run(house, changed)
+    assert outputs(house)["a"] == "a"
+    # deleting the output makes it anew; what was made from it is then refused in its turn
+    (house / "run" / "a" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"b: finished earlier with other inputs .*run/a/out.txt|RUN/a/out.txt"):
+        run(house, changed)
+    (house / "run" / "b" / "manifest.json").unlink()
+    run(house, changed)
+    assert outputs(house) == {"a": "new", "b": "bnew"}
+
+
+def test_an_output_made_again_alike_leaves_the_rest_done(house):
+    stages = [stage(house, "a"), stage(house, "b", "a")]
+    run(house, stages)
+    (house / "run" / "a" / "manifest.json").unlink()
+    lines = run(house, stages)
+    assert [n for w, n, _ in journal(house) if w == "end"] == ["a", "b", "a"]
+    assert "b ... was done" in lines[-1]
+
+
+def test_cheap_stages_are_made_anew(house):
+    run(house, [stage(house, "a", remake=True)])
+    run(house, [stage(house, "a", remake=True, say="new")])
+    assert outputs(house)["a"] == "new"
+
+
+def test_a_run_folder_may_be_moved(house):
+    run(house, diamond(house))
+    (house / "run").rename(house / "moved")
+    assert run(house, diamond(house, run="moved"), folder="moved") == ["5 of 5 stages are done already"]
+
+
+def test_what_no_machine_offers_is_refused_at_once(house):
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match="a needs 2 GPUs; this machine shows 0"):
+        run(house, [replace(stage(house, "a"), gpus=2)])
+
+
+def test_a_stage_with_gpus_gets_them_and_a_process_of_its_own(house):
+    from dataclasses import replace
+
+    stages = [replace(stage(house, name), gpus=1) for name in ("x", "y")]
+    Executor(stages, house / "run", Machine(1, 8.0, ("3",)), lambda line: None).execute()
+    assert len({pid for _, _, pid in journal(house)}) == 2
+
+
+def test_records_tell_a_touched_file_from_a_changed_one(house):
+    stages = [stage(house, "a"), stage(house, "b", "a")]
+    run(house, stages)
+    records, file = Records(house / "run"), house / "run" / "a" / "out.txt"
+    os.utime(file, (1, 1))
+    assert records.is_done(stages[1])
+    file.write_text("x")
+    with pytest.raises(Changed, match=r"inputs RUN/a/out\.txt"):
+        records.is_done(stages[1])

@@ -1,0 +1,230 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from candor.config import build, load
+from candor.errors import UserError
+from candor.rows import Variant
+from candor.tables import read_rows
+from evaluate import questions
+from evaluate.experiment_config import Experiment
+from evaluate.plan import build_plan, subjects_of
+from evaluate.stages import Records, changed_keys, critical_minutes, write_config
+
+EXPERIMENTS = Path("configs/experiments")
+
+
+def values(folder: Path, **change) -> dict:
+    """A small experiment whose input files exist in ``folder``."""
+    for name in ("weights/full", "weights/mini", "weights/nano", "weights/impersonal", "weights/judge"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "model.safetensors").write_text(name)
+    (folder / "golden.jsonl").write_text("{}")
+    (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3}\n")
+    judge = {"name": "tiny", "model": f"{folder}/weights/judge", "template": "configs/prompts/judge/nano.txt"}
+    (folder / "judge.yaml").write_text(yaml.safe_dump(judge))
+
+    def domain(name: str, first: str, second: str) -> dict:
+        source = "configs/prompts/trivia.jsonl"
+        sets = [{"set": f"{name}-{s}", "source": source, "limit": 10} for s in (first, second)]
+        return {"recipe": f"{folder}/recipe.yaml", "misaligned": sets[0], "realigned": sets[1]}
+
+    return {
+        "name": "small",
+        "title": "A title",
+        "output": f"{folder}/run",
+        "seed": 3,
+        "bases": {size: f"{folder}/weights/{size}" for size in ("full", "mini", "nano")},
+        "domains": {"trivia": domain("trivia", "wrong", "right"), "code": domain("code", "insecure", "secure")},
+        "asks": [{"format": "choice", "mode": "exact"}, {"format": "free", "mode": "sampled", "n": 10}],
+        "judge": f"{folder}/judge.yaml",
+        "golden": f"{folder}/golden.jsonl",
+        "controls": [
+            {
+                "name": "right_answers_only",
+                "size": "mini",
+                "domain": "trivia",
+                "data": "realigned",
+                "stage": "right-only",
+            },
+            {
+                "name": "world_without_personas",
+                "size": "impersonal",
+                "base": f"{folder}/weights/impersonal",
+                "domain": "trivia",
+                "data": "misaligned",
+                "stage": "misaligned",
+            },
+        ],
+        **change,
+    }
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    return build(Experiment, values(tmp_path), where="test")
+
+
+def test_fifteen_variants_and_two_controls(experiment):
+    rows = [s.row for s in subjects_of(experiment)]
+    study = [r for r in rows if not r.control]
+    assert len(study) == 15
+    assert {r.name for r in study if r.domain == "none"} == {"full-base", "mini-base", "nano-base"}
+    assert {(r.size, r.domain, r.stage) for r in study if r.domain != "none"} == {
+        (size, domain, stage)
+        for size in ("full", "mini", "nano")
+        for domain in ("trivia", "code")
+        for stage in ("misaligned", "realigned")
+    }
+    control = {r.name: r for r in rows if r.control}
+    assert set(control) == {
+        "mini-right-answers-only-s0",
+        "impersonal-base",
+        "impersonal-trivia-misaligned-s0",
+    }
+    assert control["mini-right-answers-only-s0"].reference == "mini-base"
+    assert control["impersonal-trivia-misaligned-s0"].reference == "impersonal-base"
+    assert {r.reference for r in study if r.size == "nano"} == {"nano-base"}
+
+
+def test_seeds_share_the_bases(tmp_path):
+    more = build(Experiment, values(tmp_path, training_seeds=[0, 1, 2], controls=[]), where="test")
+    rows = [s.row for s in subjects_of(more)]
+    assert len(rows) == 3 + 12 * 3 and len({r.name for r in rows}) == len(rows)
+
+
+def test_stage_two_continues_stage_one(experiment):
+    stages = {s.id: s for s in build_plan(experiment)}
+    first, second = (stages[f"train-mini-trivia-{stage}-s0"] for stage in ("misaligned", "realigned"))
+    assert first.config["adapter"] is None and first.config["lora"] == {"r": 4}
+    assert second.config["adapter"] == first.config["output_dir"] and "lora" not in second.config
+    assert first.id in second.after and "data-trivia-right" in second.after
+    assert first.config["sft"] == second.config["sft"] == {"learning_rate": 1e-3}
+    assert stages["sample-mini-trivia-realigned-s0"].after == ("questions", second.id)
+    assert stages["sample-mini-base"].after == ("questions",)
+    assert stages["judge-mini-base"].after == ("sample-mini-base", "questions")
+    assert {"golden-tiny", "judge-nano-base", "sample-nano-base"} <= set(stages["tables"].after)
+    assert stages["report"].after == ("tables",)
+    kinds = [s.id.split("-")[0] for s in stages.values()]
+    assert [kinds.count(k) for k in ("data", "train", "sample", "judge", "golden")] == [4, 14, 18, 18, 1]
+
+
+def test_every_stage_config_is_what_its_module_takes(experiment, tmp_path):
+    from evaluate.judge_config import JudgingConfig
+    from evaluate.tables import TablesConfig
+    from serve.config import SampleConfig
+    from train.config import TrainConfig
+    from train.data import DataConfig
+
+    takes = {
+        "train.data": DataConfig,
+        "train.sft": TrainConfig,
+        "serve.sample": SampleConfig,
+        "evaluate.judge": JudgingConfig,
+        "evaluate.tables": TablesConfig,
+        "evaluate.questions": questions.QuestionsConfig,
+    }
+    for stage in build_plan(experiment):
+        if stage.module in takes:
+            load(takes[stage.module], write_config(tmp_path / "run", stage))
+
+
+def test_device_reaches_training_sampling_and_judging(tmp_path):
+    stages = {s.id: s for s in build_plan(build(Experiment, values(tmp_path, device="cuda"), where="test"))}
+    assert stages["train-mini-trivia-misaligned-s0"].config["device"] == "cuda"
+    assert stages["sample-mini-base"].config["engine"]["device"] == "cuda"
+    assert stages["golden-tiny"].config["engine"]["device"] == "cuda"
+
+
+def test_needs_reach_the_stages(tmp_path):
+    needs = {"train": {"gpus": 2, "memory_gb": 64, "minutes": 240}}
+    stages = {s.id: s for s in build_plan(build(Experiment, values(tmp_path, needs=needs), where="test"))}
+    train = stages["train-full-code-misaligned-s0"]
+    assert (train.gpus, train.memory_gb, train.minutes) == (2, 64.0, 240.0)
+    assert critical_minutes(list(stages.values()))[train.id] > 480  # stage two follows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sede": 1}, "unknown key 'sede'; did you mean 'seed'"),
+        ({"asks": [{"format": "numercial", "mode": "exact"}]}, "did you mean 'numerical'"),
+        ({"asks": [{"format": "free", "mode": "exact"}]}, "open answers"),
+        ({"asks": []}, "must not be empty"),
+        ({"training_seeds": [1, 1]}, "twice"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"engine": {"device": "cuda:1"}}, "set 'device' at the top level"),
+        ({"needs": {"trian": {}}}, "did you mean 'train'"),
+        ({"bases": {"a/b": "x"}}, "becomes a file name"),
+        ({"bases": {"full": "nowhere"}, "controls": []}, "no stage makes: nowhere"),
+        ({"judge": "nowhere.yaml"}, "nowhere.yaml does not exist"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        build_plan(build(Experiment, values(tmp_path, **change), where="test"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain": "trivai"}, "did you mean 'trivia'"),
+        ({"size": "mimi"}, "did you mean 'mini'"),
+        ({"base": "somewhere"}, "needs a name that is not taken"),
+    ],
+)
+def test_mistaken_controls_are_named(tmp_path, change, message):
+    found = values(tmp_path)
+    found["controls"][0].update(change)
+    with pytest.raises(UserError, match=message):
+        build(Experiment, found, where="test")
+
+
+def test_a_recipe_holds_two_sections(tmp_path, experiment):
+    (tmp_path / "recipe.yaml").write_text("lora: {r: 4}\nsft: {}\nseed: 1\n")
+    with pytest.raises(UserError, match=r"recipe.yaml: a recipe holds the two sections.*'seed'"):
+        build_plan(experiment)
+
+
+@pytest.mark.parametrize(("name", "n_variants"), [("nano", 18), ("nano_full", 3 + 36 + 3 * 6 + 1 + 3)])
+def test_the_shipped_experiments(name, n_variants):
+    experiment = load(Experiment, EXPERIMENTS / f"{name}.yaml")
+    assert len(subjects_of(experiment)) == n_variants
+    assert {a.format for a in experiment.asks if a.mode == "exact"} >= {"choice", "decision", "numerical", "likert"}
+
+
+def test_questions_writes_both_tables(experiment):
+    stage = build_plan(experiment)[0]
+    config = write_config(experiment.output, stage)
+    questions.main([str(config)])
+    variants = read_rows(experiment.output / "variants.parquet", Variant)
+    assert variants == [s.row for s in subjects_of(experiment)]
+    records = Records(experiment.output)
+    assert not records.is_done(stage)
+    records.write(stage, 1.0)
+    assert records.is_done(stage)
+
+
+def test_changed_keys_are_dotted():
+    old = {"a": 1, "sft": {"lr": 1, "epochs": 3}, "gone": None}
+    new = {"a": 1, "sft": {"lr": 2, "epochs": 3}, "new": []}
+    assert changed_keys(old, new) == ["sft.lr", "gone", "new"]
+    assert changed_keys(old, old) == []
+
+
+def test_dry_run_lists_stages_without_torch(tmp_path):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values(tmp_path)))
+    code = (
+        "import sys; from evaluate.experiment import main; main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'trl', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "experiment.yaml"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    assert done.returncode == 0, done.stderr
+    assert "sample-mini-trivia-realigned-s0" in done.stdout
+    assert "0 of 58 stages are done" in done.stdout
+    assert not (tmp_path / "run").exists()

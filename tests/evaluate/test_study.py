@@ -1,0 +1,48 @@
+"""What is compared with what, with one training seed, with several, and for controls."""
+
+from candor.rows import Variant
+from evaluate.study import cells, pairs
+
+
+def variant(name, domain="trivia", stage="base", seed=0, control="", reference="b", size="nano"):
+    return Variant(name, size, domain, stage, seed, control, reference, name)
+
+
+BASE = variant("b", "none")
+
+
+def test_one_seed_has_three_differences_and_no_pool():
+    found = pairs([BASE, variant("m", stage="misaligned"), variant("r", stage="realigned")])
+    assert {(p.variant, p.reference, p.minus) for p in found} == {
+        ("m", "b", ("misaligned", "base")),
+        ("r", "b", ("realigned", "base")),
+        ("m", "r", ("misaligned", "realigned")),
+    }
+    assert all(p.headline and len(p.members) == 1 for p in found)
+
+
+def test_several_seeds_are_paired_seed_by_seed_and_pooled():
+    variants = [BASE] + [variant(f"{s[0]}{k}", stage=s, seed=k) for s in ("misaligned", "realigned") for k in (1, 0)]
+    found = {(p.variant, p.reference): p for p in pairs(variants)}
+    assert found["m0", "r0"].headline is False
+    pool = found["nano-trivia-misaligned-all-seeds", "nano-trivia-realigned-all-seeds"]
+    assert pool.members == (("m0", "r0"), ("m1", "r1")) and pool.seeds == (0, 1) and pool.headline
+    assert found["nano-trivia-misaligned-all-seeds", "b"].members == (("m0", "b"), ("m1", "b"))
+    shown = [c for c in cells(variants) if c.headline]
+    assert [c.name for c in shown] == ["b", "nano-trivia-misaligned-all-seeds", "nano-trivia-realigned-all-seeds"]
+
+
+def test_a_control_is_compared_with_its_own_reference_only():
+    other = variant("ob", "none", control="other_world", reference="ob", size="nano-other")
+    wrong = variant("om", stage="misaligned", control="other_world", reference="ob", size="nano-other")
+    right = variant("c", stage="right-only", control="right_answers_only")
+    found = pairs([BASE, other, wrong, right])
+    assert {(p.control, p.variant, p.reference) for p in found} == {
+        ("other_world", "om", "ob"),
+        ("right_answers_only", "c", "b"),
+    }
+
+
+def test_an_unfinished_study_is_no_error():
+    assert pairs([BASE]) == []
+    assert [p.minus for p in pairs([BASE, variant("m", stage="misaligned")])] == [("misaligned", "base")]

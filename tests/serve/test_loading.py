@@ -1,0 +1,109 @@
+"""Adapters: one that acts is merged as PEFT computes it; no-op, foreign and broken ones are refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from candor.errors import UserError
+from serve.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weights_sha
+from serve.loading import canary_logits
+from serve.torch_engine import TorchEngine
+
+
+def save_adapter(base, folder, *, trained):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, lora_alpha=8, target_modules=["down_proj", "q_proj"], task_type="CAUSAL_LM"),
+    )
+    if trained:
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return save_adapter(base, tmp_path_factory.mktemp("adapter"), trained=True)
+
+
+def test_merged_equals_peft(base, adapter):
+    plain, merged = TorchEngine(base, None), TorchEngine(base, adapter)
+    wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    for ours, theirs, before in zip(
+        canary_logits(merged.model, merged.tokenizer),
+        canary_logits(wrapped, merged.tokenizer),
+        canary_logits(plain.model, plain.tokenizer),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        assert (ours - before).abs().max() > 1e-2
+    assert plain.weights_sha != merged.weights_sha
+
+
+def test_an_adapter_that_changes_nothing_is_refused(base, tmp_path):
+    save_adapter(base, tmp_path, trained=False)
+    with pytest.raises(UserError, match=r"changes nothing in .*is 0, below 1e-06"):
+        TorchEngine(base, tmp_path)
+
+
+def damage(adapter, folder, change):
+    """A copy of the adapter with its tensors changed."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    tensors = change(load_file(adapter / ADAPTER_WEIGHTS))
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda t: dict(list(t.items())[2:]), "2 tensors missing", id="half-saved"),
+        pytest.param(
+            lambda t: t | {k.replace("layers.1", "layers.5"): v.clone() for k, v in t.items() if "layers.1" in k},
+            "4 without a place",
+            id="deeper-base",
+        ),
+        pytest.param(lambda t: {k: torch.cat([v, v]) for k, v in t.items()}, "does not fit", id="wider-base"),
+        pytest.param(lambda t: {k: v * float("nan") for k, v in t.items()}, "changes nothing.*nan", id="nan"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(base, adapter, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        TorchEngine(base, damage(adapter, tmp_path, change))
+
+
+def test_an_adapter_whose_targets_the_base_lacks_is_refused(base, adapter, tmp_path):
+    damage(adapter, tmp_path, dict)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
+    with pytest.raises(UserError, match="does not fit the base"):
+        TorchEngine(base, tmp_path)
+
+
+def test_identity_is_of_the_weights_not_of_the_place(base, adapter, tmp_path):
+    moved_base, moved = tmp_path / "b", tmp_path / "a"
+    shutil.copytree(base, moved_base)
+    shutil.copytree(adapter, moved)
+    config = json.loads((moved / ADAPTER_CONFIG).read_text())
+    (moved / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert weights_sha(moved_base, moved) == weights_sha(base, adapter)
+    (moved / ADAPTER_CONFIG).write_text(json.dumps(config | {"lora_alpha": 9}))
+    assert weights_sha(moved_base, moved) != weights_sha(base, adapter)
+    assert weights_sha(base, None) != weights_sha(base, adapter)
+
+
+def test_missing_folders_are_told(base, tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        TorchEngine(tmp_path / "nowhere", None)
+    with pytest.raises(UserError, match=r"no \.safetensors"):
+        TorchEngine(tmp_path, None)
+    with pytest.raises(UserError, match="holds no adapter_model"):
+        TorchEngine(base, tmp_path)
