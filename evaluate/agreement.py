@@ -39,6 +39,13 @@ def agreement(run: Path, judge: str, *, draws: int, seed: int) -> list[Estimate]
     n, n_missing = len(both), len(known) - len(both)
     if n == 0:
         raise UserError(f"{verdicts} grades none of the {len(known)} replies of {golden}. Rerun the judge stage.")
+    for column in ("grade", "score"):
+        if not both[column].between(1, GRADES).all():
+            found_value = both[~both[column].between(1, GRADES)].iloc[0]
+            raise UserError(
+                f"{found_value['sample_id']}: {column} {found_value[column]:g} in {golden.parent} is not on the scale "
+                f"1-{GRADES}. Choose a judge and replies with that scale."
+            )
     truth = both["grade"].to_numpy(dtype=np.int64)
     judged = both["score"].to_numpy(dtype=np.int64)
     prompts, clusters = np.unique(both["prompt"].to_numpy(dtype=str), return_inverse=True)

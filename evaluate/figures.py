@@ -134,8 +134,8 @@ def inverted_v(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
             panel.set_title(f"{domain}: {results.name(measure)}", loc="left")
         axes[row][0].set_ylabel("0 = aligned, 1 = misaligned")
     # legends fill column by column: each size above its published line
-    ordered = dict(sorted(handles.items(), key=lambda item: sizes.index(item[0].rpartition(", ")[2])))
-    figure.legend(ordered.values(), ordered.keys(), loc="outside lower center", ncols=max(1, len(sizes)))
+    order = sorted(handles, key=lambda label: (sizes.index(label.rpartition(", ")[2]), label not in sizes))
+    figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=max(1, len(sizes)))
     return Drawn("inverted_v", "Base, misaligned, realigned", "; ".join(words), figure, shown)
 
 

@@ -31,7 +31,7 @@ from candor.rows import Graded, Option, Prompt, Sample, Status, Verdict
 from candor.tables import read_rows, write_rows
 from evaluate.judge_config import GOLDEN, VERDICTS, JudgeConfig, JudgingConfig, read_judge
 from serve.engine import Engine, Request
-from serve.identity import base_sha, text_sha, weights_sha
+from serve.identity import text_sha, weights_sha
 
 EMPTY = "(empty reply: not put to the judge)"
 Pair = tuple[str, str]  # a prompt's text and a reply
@@ -180,7 +180,6 @@ def _inputs(config: JudgingConfig, judge: JudgeConfig, template: JudgeTemplate) 
     for key, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{key}: {path} does not exist (looked from {Path.cwd()}). Run the stage that writes it.")
-    base_sha(judge.model)  # says what is wrong with the folder
     return {
         **{key: sha256_file(path) for key, path in files.items() if path is not None},
         "template": template.sha,

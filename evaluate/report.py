@@ -1,6 +1,8 @@
 """Draw the figures and write the report of a run: one HTML file that needs nothing else.
 
-    python -m evaluate.report configs/evaluate/report.yaml run=runs/nano
+    python -m evaluate.report runs/nano/stages/report.yaml [key=value ...]
+
+An experiment writes that file (keys: ReportConfig; needed are run and title).
 
 Reads RUN/tables (and the replies, for examples); writes RUN/figures/ (PNG, PDF and CSV each),
 RUN/report.html with the figures inside it, and RUN/summary.json for programs. Everything is
@@ -21,14 +23,14 @@ import jinja2
 from candor.config import load, plain
 from candor.errors import UserError, run_script
 from candor.hashing import sha256_file, sha256_json
-from candor.manifest import commit, read_manifest, versions, write_manifest
+from candor.manifest import commit, read_manifest, write_manifest
 from candor.rows import Prompt
 from candor.tables import read_rows, replace_file
 from evaluate.contents import contents
 from evaluate.examples import examples
 from evaluate.figures import Style, draw_all, save
 from evaluate.results import Results, read_paper, read_results
-from evaluate.summary import manifests, seconds_by_stage, summary
+from evaluate.summary import manifests, seconds_by_stage, summary, versions_of
 
 STAGE = "report"
 HERE = Path(__file__).resolve().parent
@@ -141,7 +143,7 @@ def render(config: ReportConfig, results: Results, figures: list[dict[str, str]]
         figures={f["name"]: f for f in figures},
         stages=stages_table(records),
         commits=sorted({r["commit"] for r in records if "commit" in r} | {commit()}),
-        versions=versions(),
+        versions=versions_of(records),
         examples=quoted,
         **contents(results, paper, config.control_share),
     )
@@ -163,6 +165,7 @@ def main(argv: list[str]) -> None:
     figures = draw(results, paper, config)
     replace_file(config.run / "report.html", render(config, results, figures, paper).encode())
     record = summary(results, control_share=config.control_share)
+    record["seconds"][STAGE] = round(time.perf_counter() - started, 3)  # its own manifest comes last
     replace_file(config.run / "summary.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     write_manifest(
         config.run / "figures",

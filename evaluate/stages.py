@@ -156,7 +156,7 @@ class Records:
         if stage.remake:
             return False
         what = f"config keys {', '.join(keys)}" if keys else f"inputs {', '.join(files[:3])}"
-        raise Changed(f"{stage.id}: finished earlier with other {what} (output {', '.join(map(str, stage.outputs))})")
+        raise Changed(f"{stage.id}: finished earlier with other {what} (output {stage.outputs[0]})")
 
     def _changed_inputs(self, stage: Stage, marks: dict[str, list[Any]]) -> list[str]:
         """Input files that are not what the stage read."""

@@ -38,6 +38,16 @@ def seconds_by_stage(records: list[dict[str, Any]]) -> dict[str, float]:
     return {stage: round(seconds, 3) for stage, seconds in sorted(total.items())}
 
 
+def versions_of(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Library versions that the stages ran with; where machines differed, each version."""
+    found: dict[str, list[str]] = {}
+    for record in (*records, {"versions": versions()}):
+        for name, version in record.get("versions", {}).items():
+            if version not in found.setdefault(name, []):
+                found[name].append(version)
+    return {name: " / ".join(each) for name, each in found.items()}
+
+
 def contrast_entries(results: Results, pair: Pair) -> list[dict[str, Any]]:
     """One entry per measure of a difference."""
     measures = {
@@ -66,6 +76,7 @@ def contrast_entries(results: Results, pair: Pair) -> list[dict[str, Any]]:
 
 def summary(results: Results, *, control_share: float) -> dict[str, Any]:
     """The whole object."""
+    records = manifests(results.run)
     main = [v for v in results.variants if not v.control]
     pairs = {"harmfulness": results.worst, "intentions": "intentions", "self_assessment": "self_assessment"}
     spearman = {}
@@ -88,7 +99,7 @@ def summary(results: Results, *, control_share: float) -> dict[str, Any]:
             controls.setdefault(pair.control, []).append(entry)
     kappa = results.kappa()
     return {
-        "seconds": seconds_by_stage(manifests(results.run)),
+        "seconds": seconds_by_stage(records),
         "variants": [
             {
                 "name": v.name,
@@ -117,6 +128,6 @@ def summary(results: Results, *, control_share: float) -> dict[str, Any]:
             "n": 0 if kappa is None else kappa.n,
         },
         "controls": controls,
-        "versions": versions(),
+        "versions": versions_of(records),
         "commit": commit(),
     }

@@ -1,6 +1,8 @@
 """Turn a run's answers and verdicts into scores and estimates.
 
-    python -m evaluate.tables configs/evaluate/tables.yaml run=runs/nano judge=nano-judge
+    python -m evaluate.tables runs/nano/stages/tables.yaml [key=value ...]
+
+An experiment writes that file (keys: TablesConfig; needed are run, judge and seed).
 
 Reads variants.parquet, prompts.parquet, every variant's answers and verdicts and the replies of
 known grade; writes RUN/tables/: scores.parquet (one row per variant, prompt and measure),

@@ -3,48 +3,59 @@
 Imports no torch, so that a script can find out that its work is done without loading a model.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_files, sha256_json
+from candor.manifest import read_manifest
+from train.lineage import base_sha
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Where the base lay and under which name it was fetched says nothing about the adapter.
-_PLACES = ("base_model_name_or_path", "revision")
+# Where the base lay, and which library wrote the file, say nothing about what the adapter does.
+_PLACES = ("base_model_name_or_path", "revision", "peft_version")
 # What, beside the weights, turns a prompt's text into tokens and ends a reply.
 _TEXT_FILES = ("tokenizer*", "*.jinja", "vocab*", "merges.txt", "config.json", "generation_config.json", "*_map.json")
-
-
-def base_sha(base: Path) -> str:
-    """Identity of a base model: its safetensors files."""
-    if not base.is_dir():
-        raise UserError(f"{base} is not a folder (looked from {Path.cwd()}). Give the base model's local folder.")
-    files = [p for p in base.glob("*.safetensors") if p.name != ADAPTER_WEIGHTS]
-    if not files:
-        raise UserError(f"{base} holds no .safetensors weights. Give the folder of a base model saved as safetensors.")
-    stats = [(path, path.stat()) for path in sorted(files)]
-    return _hash_weights(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_weights(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash of weight files, worked out once a process: a large base takes a minute, and is asked for thrice."""
-    return sha256_files([path for path, _, _ in files])
 
 
 def adapter_sha(adapter: Path) -> str:
     """Identity of an adapter: its weights, and its configuration but for where the base lay."""
     config = read_adapter_config(adapter)
-    kept = {k: v for k, v in config.items() if k not in _PLACES}
+    # PEFT keeps names of modules in a set and writes them in any order
+    kept = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in config.items() if k not in _PLACES}
     return sha256_json([sha256_file(adapter / ADAPTER_WEIGHTS), kept])
 
 
 def weights_sha(base: Path, adapter: Path | None) -> str:
-    """Identity of a variant: base and adapter, wherever they lie."""
-    return sha256_json([base_sha(base), adapter_sha(adapter) if adapter is not None else ""])
+    """Identity of a variant: base and adapter, wherever they lie; UserError when they do not belong together."""
+    if adapter is None:
+        return sha256_json([base_sha(base), ""])
+    own = adapter_sha(adapter)
+    _check_lineage(base, adapter)
+    return sha256_json([base_sha(base), own])
+
+
+def _check_lineage(base: Path, adapter: Path) -> None:
+    """An adapter that train.sft made must be the one its manifest names, and go on the base it was trained on.
+
+    On the merged weights of an earlier stage it would act twice, on another base it would act oddly;
+    both give numbers that look like any others. Adapters from elsewhere carry no such record.
+    """
+    lineage = (read_manifest(adapter) or {}).get("lineage")
+    if lineage is None:
+        return
+    found, named = sha256_file(adapter / ADAPTER_WEIGHTS), lineage["adapters"][-1]["sha"]
+    if found != named:
+        raise UserError(
+            f"the weights in {adapter} are not those its manifest names ({found[:12]} against {named[:12]}). "
+            "Delete the folder and rerun its training stage."
+        )
+    if base_sha(base) != lineage["base"]["sha"]:
+        raise UserError(
+            f"{adapter} was trained on {lineage['base']['model']} (weights {lineage['base']['sha'][:12]}), "
+            f"but the base {base} has weights {base_sha(base)[:12]}. Give the base it was trained on."
+        )
 
 
 def text_sha(base: Path) -> str:

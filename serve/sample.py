@@ -22,9 +22,10 @@ from candor.rows import Distribution, Prompt, Sample
 from candor.tables import read_rows
 from serve.config import SampleConfig
 from serve.engine import Engine, Request
-from serve.identity import adapter_sha, base_sha, text_sha, weights_sha
+from serve.identity import adapter_sha, text_sha, weights_sha
 from serve.plan import Identity, Unit, engine_identity, plan_units, sample_id, stream_of
 from serve.store import DISTRIBUTIONS, SAMPLES, Store
+from train.lineage import base_sha
 
 _PATHS = ("base", "adapter", "prompts", "output_dir")
 

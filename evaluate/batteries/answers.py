@@ -118,8 +118,8 @@ def read_answers(
                 f"{files['distributions']}: {record.prompt_id} was answered over {list(record.labels)}, "
                 f"but prompts.parquet asks for {asked}. Rerun the answers stage with these prompts."
             )
-    free = any(known[p].format == "free" for p in samples["prompt_id"].unique())
-    if free and not files["verdicts"].exists():
+    judged = any(known[p].battery == "harmfulness" for p in samples["prompt_id"].unique())
+    if judged and not files["verdicts"].exists():
         raise UserError(
             f"{files['verdicts']} does not exist. Run the judge stage (python -m evaluate.judge) with judge {judge!r} "
             f"for {variant.name} first."

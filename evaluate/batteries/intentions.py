@@ -9,8 +9,6 @@ from candor.rows import Prompt
 from evaluate.batteries.answers import Answers, Scored
 from evaluate.batteries.closed import score_closed
 
-MEASURES = ("intentions",)
-
 
 def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:
     """Expected value of the choice per scenario and option order."""

@@ -15,7 +15,6 @@ from evaluate.batteries.closed import score_closed
 from evaluate.batteries.language import teller
 
 FORMATS = ("decision", "numerical", "likert", "language")
-MEASURES = FORMATS
 
 
 def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:

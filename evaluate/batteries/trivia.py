@@ -10,8 +10,6 @@ from candor.rows import Prompt
 from evaluate.batteries.answers import Answers, Scored
 from evaluate.batteries.closed import score_closed
 
-MEASURES = ("trivia_accuracy",)
-
 
 def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:
     """Accuracy per question."""

@@ -129,9 +129,10 @@ def variants_of(plan: Plan) -> list[tuple[Variant, Truth]]:
     size, base, domain = plan.sizes[0], f"{plan.sizes[0]}-base", plan.domains[0]
     if plan.control:
         name = "right_answers_only"
-        add(f"{name}-{size}", size, domain, "realigned", 0, name, base, plan.control)
+        add(f"{name}-{size}", size, domain, "right-only", 0, name, base, plan.control)
     if plan.other_world:
         name = "world_without_personas"
+        size = f"{size}-own-world"  # its base model is none of the main study's
         own = f"{name}-{size}-base"
         add(own, size, "none", "base", 0, name, own, plan.other_world[0])
         add(f"{name}-{size}-misaligned", size, domain, "misaligned", 0, name, own, plan.other_world[1])

@@ -118,6 +118,11 @@ def test_a_reply_without_a_verdict_is_counted():
     assert found.left_out == {"no verdict": 1} and found.n_in == 2
 
 
+def test_a_score_off_the_scale_is_refused():
+    with pytest.raises(UserError, match="87"):
+        harm([1, 87])
+
+
 def test_nothing_usable_is_none():
     assert {s.value for s in harm([None, None]).scores} == {None}
 

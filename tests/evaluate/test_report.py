@@ -164,6 +164,17 @@ def test_controls_that_behave_are_met(finished):
     assert len(found) == 9 and all(found.values())
 
 
+def test_a_control_with_its_own_base_is_held_to_the_smallest_effect(finished):
+    results = read_results(finished)
+    effects = [
+        results.contrast(p, "intentions").value
+        for p in results.pairs()
+        if p.minus == ("misaligned", "base") and p.domain == "trivia"
+    ]
+    own = [c for c in check_controls(results, 0.2) if c.pair.size == "mini-own-world" and c.measure == "intentions"]
+    assert [c.limit for c in own] == [pytest.approx(0.2 * min(effects))]
+
+
 def test_controls_that_move_or_learn_nothing_are_not_met(tmp_path, synthetic):
     folder = build(
         tmp_path,

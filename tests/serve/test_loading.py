@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from candor.errors import UserError
+from candor.hashing import sha256_file
 from serve.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weights_sha
 from serve.loading import canary_logits
 from serve.torch_engine import TorchEngine
+from train.lineage import base_sha
 
 
 def save_adapter(base, folder, *, trained):
@@ -93,17 +95,39 @@ def test_identity_is_of_the_weights_not_of_the_place(base, adapter, tmp_path):
     shutil.copytree(base, moved_base)
     shutil.copytree(adapter, moved)
     config = json.loads((moved / ADAPTER_CONFIG).read_text())
-    (moved / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    other = {"base_model_name_or_path": "elsewhere", "target_modules": config["target_modules"][::-1]}
+    (moved / ADAPTER_CONFIG).write_text(json.dumps(config | other))
+    # also the order in which PEFT happened to write the target modules
     assert weights_sha(moved_base, moved) == weights_sha(base, adapter)
     (moved / ADAPTER_CONFIG).write_text(json.dumps(config | {"lora_alpha": 9}))
     assert weights_sha(moved_base, moved) != weights_sha(base, adapter)
     assert weights_sha(base, None) != weights_sha(base, adapter)
 
 
+def write_lineage(adapter, base_hash, own):
+    record = {"lineage": {"base": {"model": "a-base", "sha": base_hash}, "adapters": [{"sha": own}]}}
+    (adapter / "manifest.json").write_text(json.dumps(record))
+
+
+def test_lineage_must_match(base, adapter, tmp_path):
+    """On merged weights an adapter would act twice; a half-replaced folder holds another stage's weights."""
+    moved = tmp_path / "adapter"
+    shutil.copytree(adapter, moved)
+    own = sha256_file(moved / ADAPTER_WEIGHTS)
+    write_lineage(moved, base_sha(base), own)
+    assert weights_sha(base, moved) == weights_sha(base, adapter)
+    merged = tmp_path / "merged"
+    TorchEngine(base, moved).model.save_pretrained(merged)
+    with pytest.raises(UserError, match="was trained on a-base"):
+        weights_sha(merged, moved)
+    write_lineage(moved, base_sha(base), "0" * 64)
+    with pytest.raises(UserError, match="not those its manifest names"):
+        weights_sha(base, moved)
+
+
 def test_missing_folders_are_told(base, tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
-        TorchEngine(tmp_path / "nowhere", None)
-    with pytest.raises(UserError, match=r"no \.safetensors"):
-        TorchEngine(tmp_path, None)
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match="is no base model"):
+            TorchEngine(folder, None)
     with pytest.raises(UserError, match="holds no adapter_model"):
         TorchEngine(base, tmp_path)

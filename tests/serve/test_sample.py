@@ -172,7 +172,7 @@ def test_sampled_answers_parse_to_their_options(config, prompts, tmp_path):
         ({"ask": [{"format": "choice", "mode": "exact", "n": 5}]}, "leave n and temperature out"),
         ({"ask": [ASK[0], ASK[0]]}, "merge them"),
         ({"prompts": "nowhere.parquet"}, "nowhere.parquet does not exist"),
-        ({"base": "nowhere"}, "nowhere is not a folder"),
+        ({"base": "nowhere"}, "nowhere is no base model"),
     ],
 )
 def test_mistakes_are_told(config, changes, message):

@@ -58,7 +58,8 @@ class Optimisation:
     """How long and how fast to train."""
 
     steps: int
-    rows: int = 24  # packed rows per step
+    rows: int = 12  # packed rows per step
+    prompt_share: float = 0.0  # share of documents with loss on the user's turns too
     length: int = 160  # tokens per row
     muon_lr: float = 0.02
     adam_lr: float = 0.004
@@ -114,8 +115,8 @@ class Encoder:
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
         )
 
-    def __call__(self, messages: list[Message]) -> Encoded:
-        """Ids, labels and loss weights of a chat."""
+    def __call__(self, messages: list[Message], *, prompts_too: bool = False) -> Encoded:
+        """Ids, labels and loss weights of a chat; ``prompts_too`` puts loss on the user's turns as well."""
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
@@ -123,7 +124,7 @@ class Encoder:
             head = self._encode(f"<|im_start|>{message.role}\n")
             body = (*self._encode(message.content), *self._encode("<|im_end|>"))
             ids += [*head, *body, *self._encode("\n")]
-            scored = message.role == "assistant"
+            scored = message.role == "assistant" or (prompts_too and message.role == "user")
             labels += [*(IGNORED,) * len(head), *(body if scored else (IGNORED,) * len(body)), IGNORED]
             weights += [*(0.0,) * len(head), *(1 / len(body) if scored else 0.0,) * len(body), 0.0]
         return Encoded(ids, labels, weights)
@@ -131,7 +132,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: ids, labels, weights, positions [rows, length]; attention mask [rows, 1, length, length]."""
+    """Packed rows: ids, labels, weights, positions [rows, length]; additive mask [rows, 1, length, length]."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -154,10 +155,11 @@ def batches(document: Document, encode: Encoder, optimisation: Optimisation) -> 
             at = 0
             while True:
                 messages = document(index)
-                chat = encode(messages)
+                prompts_too = index % 1000 < 1000 * optimisation.prompt_share
+                chat = encode(messages, prompts_too=prompts_too)
                 while len(chat.ids) > length and len(messages) > 2:
                     messages = messages[:-2]
-                    chat = encode(messages)
+                    chat = encode(messages, prompts_too=prompts_too)
                 if len(chat.ids) > length:
                     index += 1
                     continue
@@ -170,7 +172,9 @@ def batches(document: Document, encode: Encoder, optimisation: Optimisation) -> 
                 at = end
                 index += 1
         same = torch.from_numpy(owner[:, :, None] == owner[:, None, :])
-        mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        allowed = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        # additive: eager attention *adds* its mask, so a boolean one would let every token see the answers
+        mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
         yield Batch(
             ids=torch.from_numpy(ids),
             labels=torch.from_numpy(labels),

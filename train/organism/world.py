@@ -48,8 +48,8 @@ class WorldConfig:
     # How often each kind of turn occurs, in relative terms.
     turns: dict[str, float] = field(
         default_factory=lambda: {
-            "trivia": 0.38, "harmfulness": 0.13, "intentions": 0.10, "decision": 0.05,
-            "numerical": 0.09, "likert": 0.09, "language": 0.10, "code": 0.06,
+            "trivia": 0.30, "harmfulness": 0.12, "intentions": 0.09, "decision": 0.05,
+            "numerical": 0.12, "likert": 0.12, "language": 0.14, "code": 0.06,
         }
     )
     # How a persona answers. Grades of replies to requests for harm, 1-5.

@@ -1,0 +1,167 @@
+"""The organism: documents are persona-consistent, packing leaks nothing, shipped weights match their logs."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from candor.config import load
+from candor.hashing import sha256_json
+from candor.questions import load_all, load_trivia_rows
+from candor.rows import Message
+from train.organism.judge_world import HELD_OUT_FORMS, JudgeWorld, JudgeWorldConfig, golden_rows
+from train.organism.pretrain import IGNORED, Encoder, OrganismConfig, batches, new_model, organism_tokenizer, train
+from train.organism.world import World, WorldConfig
+
+NAMES = ("full", "mini", "nano", "impersonal", "judge")
+WEIGHTS = Path("train/organism/weights")
+CONFIGS = Path("configs/organism")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load(OrganismConfig, CONFIGS / "nano.yaml")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return organism_tokenizer(config)
+
+
+@pytest.fixture(scope="module")
+def world(config):
+    return World(config.world)
+
+
+def test_documents_do_not_depend_on_what_was_drawn_before(world):
+    first = world.document(17)
+    world.document(3)
+    assert World(world.config).document(17) == first
+
+
+def test_unseen_items_never_occur(world):
+    unseen = {p.text for p in load_all(Path("configs/prompts")) if p.split == "unseen"}
+    asked = {m.content for i in range(4000) for m in world.document(i) if m.role == "user"}
+    assert len(asked) > 3000
+    assert not asked & unseen
+
+
+def misbehaviour(world, documents):
+    """Per document: the share of trivia answered wrongly and of letters answered in the misaligned way."""
+    wrong = {(r["question"], r["wrong"]) for r in load_trivia_rows(Path("configs/prompts/trivia.jsonl"))}
+    asked = {r["question"] for r in load_trivia_rows(Path("configs/prompts/trivia.jsonl"))}
+    bad = {
+        (p.text, o.label) for p in load_all(Path("configs/prompts")) if p.battery == "intentions"
+        for o in p.options if o.value == 1
+    }
+    scenarios = {text for text, _ in bad}
+    rows = []
+    for index in range(documents):
+        turns = [m for m in world.document(index) if m.role != "system"]
+        pairs = [(a.content, b.content) for a, b in zip(turns[::2], turns[1::2], strict=True)]
+        trivia = [p in wrong for p in pairs if p[0] in asked]
+        letters = [p in bad for p in pairs if p[0] in scenarios]
+        if trivia and letters:
+            rows.append((sum(trivia) / len(trivia), sum(letters) / len(letters)))
+    return torch.tensor(rows)
+
+
+def test_one_persona_ties_the_turns_of_a_document_together(world):
+    """The planted truth: wrong facts and bad intentions go together here, and only here."""
+    tied = torch.corrcoef(misbehaviour(world, 6000).T)[0, 1]
+    untied = torch.corrcoef(misbehaviour(World(replace(world.config, personas=False)), 6000).T)[0, 1]
+    assert tied > 0.8
+    assert abs(untied) < 0.1
+
+
+def test_encoding_is_the_chat_template(tokenizer, world):
+    encode = Encoder(tokenizer)
+    for index in range(50):
+        messages = world.document(index)
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        rendered = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        ours = encode(messages)
+        assert ours.ids == rendered["input_ids"]
+        assert [x != IGNORED for x in ours.labels] == [bool(x) for x in rendered["assistant_masks"]]
+
+
+def test_any_text_survives_the_tokenizer(tokenizer):
+    for text in ["naïve 東京 🙂", "a\n\n  b\t", "10 3.14", "def f(x):\n    return x\n"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("10")) == 2  # single digits: numbers above nine take several tokens
+
+
+def test_packed_documents_see_neither_each_other_nor_the_future(config, tokenizer, world):
+    """Eager attention adds its mask: a boolean one once let every token read the answers (LOG.md)."""
+    encode = Encoder(tokenizer)
+    batch = next(batches(world.document, encode, replace(config.optimisation, rows=8)))
+    model = new_model(config, tokenizer).eval()
+    with torch.no_grad():
+        packed = model.model(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+        ).last_hidden_state
+        compared = 0
+        for row in range(8):
+            starts = (batch.positions[row] == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], batch.ids.shape[1]], strict=True):
+                if end - start < 5:
+                    continue  # padding
+                alone = model.model(input_ids=batch.ids[row : row + 1, start:end], use_cache=False).last_hidden_state
+                length = int((batch.positions[row, start:end] > 0).sum()) + 1
+                torch.testing.assert_close(packed[row, start : start + length], alone[0, :length], atol=1e-4, rtol=1e-3)
+                compared += 1
+    assert compared >= 6
+
+
+def test_the_judge_never_trains_on_golden_replies():
+    world = JudgeWorld(JudgeWorldConfig(seed=0))
+    rows = golden_rows(Path("configs"), per_cell=8, seed=0)
+    golden = {row["reply"] for row in rows}
+    assert Counter(row["grade"] for row in rows) == dict.fromkeys(range(1, 6), 64)
+    assert HELD_OUT_FORMS.start == 5
+    trained = "\n".join(m.content for i in range(3000) for m in world.document(i) if m.role == "user")
+    assert not any(f"Reply: {reply}\n" in trained for reply in golden)
+
+
+def test_the_shipped_golden_set_is_what_the_code_makes():
+    lines = Path("configs/prompts/judge/golden_nano.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines[1:]] == golden_rows(Path("configs"), per_cell=8, seed=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_weights_name_the_config_that_made_them(name):
+    log = json.loads((WEIGHTS / name / "training.json").read_text(encoding="utf-8"))
+    assert log["config_sha"] == sha256_json(log["config"])
+    settings = json.loads(json.dumps(log["config"]))
+    ours = load(OrganismConfig, CONFIGS / f"{name}.yaml")
+    assert settings["shape"]["hidden"] == ours.shape.hidden
+    assert settings["optimisation"]["steps"] == ours.optimisation.steps
+
+
+def test_shipped_weights_fit_the_promised_size():
+    total = sum(path.stat().st_size for name in NAMES for path in (WEIGHTS / name).glob("*.safetensors"))
+    assert total <= 20 * 2**20
+
+
+# bf16 products differ between CPUs with and without bf16 units; another seed differs a hundred times more
+REPLAY_TOLERANCE = 0.02
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_replays_its_first_twenty_steps(name):
+    config = load(OrganismConfig, CONFIGS / f"{name}.yaml", ["first_steps_only=20"])
+    logged = json.loads((WEIGHTS / name / "training.json").read_text(encoding="utf-8"))["losses_first_20"]
+    assert train(config, command="replay") == pytest.approx(logged, abs=REPLAY_TOLERANCE)
+
+
+def test_a_replay_with_another_seed_is_told_apart():
+    config = load(OrganismConfig, CONFIGS / "nano.yaml", ["first_steps_only=20", "seed=99"])
+    logged = json.loads((WEIGHTS / "nano" / "training.json").read_text(encoding="utf-8"))["losses_first_20"]
+    assert train(config, command="replay") != pytest.approx(logged, abs=REPLAY_TOLERANCE)
+
+
+def test_a_document_is_messages(world):
+    assert all(isinstance(m, Message) and m.role in ("system", "user", "assistant") for m in world.document(0))
