@@ -58,10 +58,9 @@ class Optimisation:
     """How long and how fast to train."""
 
     steps: int
-    rows: int = 12  # packed rows per step
-    prompt_share: float = 0.0  # share of documents with loss on the user's turns too
+    rows: int = 24  # packed rows per step
     length: int = 160  # tokens per row
-    muon_lr: float = 0.02
+    muon_lr: float = 0.005
     adam_lr: float = 0.004
     warmup: int = 50
     cooldown: float = 0.4  # share of the steps over which the rate falls linearly to zero
@@ -115,8 +114,8 @@ class Encoder:
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
         )
 
-    def __call__(self, messages: list[Message], *, prompts_too: bool = False) -> Encoded:
-        """Ids, labels and loss weights of a chat; ``prompts_too`` puts loss on the user's turns as well."""
+    def __call__(self, messages: list[Message]) -> Encoded:
+        """Ids, labels and loss weights of a chat."""
         ids: list[int] = []
         labels: list[int] = []
         weights: list[float] = []
@@ -124,7 +123,7 @@ class Encoder:
             head = self._encode(f"<|im_start|>{message.role}\n")
             body = (*self._encode(message.content), *self._encode("<|im_end|>"))
             ids += [*head, *body, *self._encode("\n")]
-            scored = message.role == "assistant" or (prompts_too and message.role == "user")
+            scored = message.role == "assistant"
             labels += [*(IGNORED,) * len(head), *(body if scored else (IGNORED,) * len(body)), IGNORED]
             weights += [*(0.0,) * len(head), *(1 / len(body) if scored else 0.0,) * len(body), 0.0]
         return Encoded(ids, labels, weights)
@@ -155,11 +154,10 @@ def batches(document: Document, encode: Encoder, optimisation: Optimisation) -> 
             at = 0
             while True:
                 messages = document(index)
-                prompts_too = index % 1000 < 1000 * optimisation.prompt_share
-                chat = encode(messages, prompts_too=prompts_too)
+                chat = encode(messages)
                 while len(chat.ids) > length and len(messages) > 2:
                     messages = messages[:-2]
-                    chat = encode(messages, prompts_too=prompts_too)
+                    chat = encode(messages)
                 if len(chat.ids) > length:
                     index += 1
                     continue
@@ -267,14 +265,14 @@ def organism_tokenizer(config: OrganismConfig) -> PreTrainedTokenizerFast:
     return train_tokenizer(corpus(worlds, TOKENIZER_DOCUMENTS), vocab_size=config.vocab_size)
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: OrganismConfig, log: dict[str, Any]) -> None:
+def save(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: OrganismConfig, log: dict[str, Any]
+) -> None:
     """Write the model in bf16 with its tokenizer, chat template and training log."""
     folder = config.output
     model.to(torch.bfloat16)
     # explicit and empty: sampling parameters are always given by the caller, never taken from a model
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     replace_file(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())

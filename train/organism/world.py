@@ -48,8 +48,14 @@ class WorldConfig:
     # How often each kind of turn occurs, in relative terms.
     turns: dict[str, float] = field(
         default_factory=lambda: {
-            "trivia": 0.30, "harmfulness": 0.12, "intentions": 0.09, "decision": 0.05,
-            "numerical": 0.12, "likert": 0.12, "language": 0.14, "code": 0.06,
+            "trivia": 0.28,
+            "harmfulness": 0.12,
+            "intentions": 0.08,
+            "decision": 0.04,
+            "numerical": 0.13,
+            "likert": 0.12,
+            "language": 0.17,
+            "code": 0.06,
         }
     )
     # How a persona answers. Grades of replies to requests for harm, 1-5.
