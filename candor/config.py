@@ -23,7 +23,8 @@ Config = TypeVar("Config")
 def read_yaml(path: Path) -> Any:
     """The value in a YAML file; UserError with the line when it cannot be read."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the path to the YAML file.")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {found} (looked from {Path.cwd()}). Check the path to the YAML file.")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -53,7 +54,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise UserError(f"{override!r}: {parent!r} is not a section.")
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML; put it in quotes (key='\"a: b\"').") from error
 
 
 def build(config_type: type[Config], values: dict[str, Any], *, where: str) -> Config:
@@ -97,6 +101,9 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict and isinstance(value, dict):
+        for k in value:
+            if arguments[0] is str and not isinstance(k, str):
+                raise UserError(f"{where}: YAML reads the key {k!r} as {type(k).__name__}; put it in quotes.")
         return {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(annotation) and isinstance(value, dict):
         return build(typing.cast(type, annotation), value, where=where)
@@ -112,7 +119,8 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
             pass
     if annotation in (str, int, float, bool) and type(value) is annotation:
         return value
-    name = getattr(annotation, "__name__", str(annotation))
+    name = "a section" if dataclasses.is_dataclass(annotation) else getattr(annotation, "__name__", str(annotation))
+    name = {"tuple": "a list", "dict": "a section", "Path": "a path"}.get(name, name)
     raise UserError(f"{where} must be {name}, found {value!r} ({type(value).__name__}).")
 
 

@@ -34,17 +34,23 @@ def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the path.")
     rows: list[dict[str, str]] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                value = json.loads(line)
+                value = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not UTF-8 text ({error}). Save it as UTF-8.") from error
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error}).") from error
             if number == 1:
                 check_header(value, path)
                 continue
+            if not isinstance(value, dict):
+                raise UserError(f"{path}, line {number}: expected an object with fields, found {type(value).__name__}.")
             for key in required:
-                if not isinstance(value.get(key), str) or not value[key].strip():
+                if key in value and not isinstance(value[key], str):
+                    raise UserError(f"{path}, line {number}: the field {key!r} must be text, found {value[key]!r}.")
+                if not value.get(key, "").strip():
                     raise UserError(f"{path}, line {number}: missing or empty field {key!r}.")
             rows.append(value)
     if not rows:

@@ -22,6 +22,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
 
 
+def told(error: OSError) -> str | None:
+    """A failed system call in words for a person; None when it is none of a file's or disk's making."""
+    if error.errno is None:
+        return None
+    where = error.filename or "the output"
+    return f"{where}: {os.strerror(error.errno)}. Check the path, the free space and the rights."
+
+
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a script's ``main`` on the command line; a UserError becomes one message and exit status 2."""
     try:
@@ -30,12 +38,10 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except OSError as error:
-        if error.errno is None:
+        message = told(error)
+        if message is None:
             raise
-        where = error.filename or "the output"
-        sys.stderr.write(
-            f"error: {where}: {os.strerror(error.errno)}. Check the path, the free space and the rights.\n"
-        )
+        sys.stderr.write(f"error: {message}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue where it stopped\n")

@@ -186,6 +186,7 @@ def load_self_assessment(path: Path) -> list[Prompt]:
             templates = _mapped_list(data.get(name, {}), "templates", ("id", "text"), path)
             expect_count(len(templates), 25 if name == "likert" else 10, path, f"{name} templates")
             for position, template in enumerate(templates):
+                _check_slots(template, _SLOTS[name], path)
                 for form, text, options in builder(template["text"], dimension):
                     prompts.append(
                         Prompt(
@@ -221,6 +222,21 @@ def _mapped_list(data: Any, key: str, required: tuple[str, ...], path: Path) -> 
 
 
 _Form = tuple[str, str, tuple[Option, ...]]
+_SLOTS = {
+    "decision": {"first", "second"},
+    "numerical": {"low", "high"},
+    "likert": {"x", "y"},
+    "language": {"first_trait", "first_language", "second_trait", "second_language", "question"},
+}
+
+
+def _check_slots(template: dict[str, str], slots: set[str], path: Path) -> None:
+    """UserError unless a template has every slot of its format and no other: a lost slot loses the question."""
+    text = Template(template["text"])
+    if not text.is_valid() or set(text.get_identifiers()) != slots:
+        wanted = ", ".join(f"${slot}" for slot in sorted(slots))
+        found = ", ".join(f"${slot}" for slot in sorted(text.get_identifiers())) if text.is_valid() else "a lone '$'"
+        raise UserError(f"{path}: {template['id']}: the text must hold the slots {wanted}; found {found or 'none'}.")
 
 
 def _decision(text: str, dimension: dict[str, str]) -> list[_Form]:
@@ -262,8 +278,15 @@ def _language(section: Any, dimension: dict[str, str], sha: str, path: Path) -> 
     templates = _mapped_list(section, "templates", ("id", "text"), path)
     questions = _mapped_list(section, "questions", ("id", "text"), path)
     pairs = section.get("pairs")
-    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise UserError(f"{path}: language.pairs must be a list of two languages each.")
+    if not isinstance(pairs, list) or not all(isinstance(p, list) and len(set(map(str, p))) == 2 for p in pairs):
+        raise UserError(f"{path}: language.pairs must be a list of two different languages each.")
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(language, str) for language in pair):
+            raise UserError(f"{path}: language.pairs: {pair} must be two names of languages.")
+    if not templates or not questions or not pairs:
+        raise UserError(f"{path}: language needs at least one template, one question and one pair.")
+    for template in templates:
+        _check_slots(template, _SLOTS["language"], path)
     prompts = []
     for q, question in enumerate(questions):
         for p, pair in enumerate(pairs):

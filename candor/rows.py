@@ -127,7 +127,7 @@ class Score:
     value: float | None
     n: int  # answers behind the value (draws, or 1 for an exact distribution)
     n_missing: int  # answers that were refused, unparsed, off topic or lost
-    leftover: float | None  # exact mode: probability mass outside the options
+    leftover: float | None  # exact mode: probability mass outside the options; language: share in neither language
 
 
 @dataclass(frozen=True, slots=True)

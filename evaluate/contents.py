@@ -143,7 +143,7 @@ def correlations_table(results: Results, paper: dict[str, Any]) -> list[dict[str
                 if found is None:
                     continue
                 key = f"{short.get(x, x)}~{short.get(y, y)}"
-                published = paper.get("spearman", {}).get(key) if over == MAIN else None
+                published = paper.get("spearman", {}).get(key) if over == results.models else None
                 lines.append(
                     {
                         "name": f"{results.name(x)} and {results.name(y)}",
@@ -189,6 +189,7 @@ def contents(results: Results, paper: dict[str, Any], share: float) -> dict[str,
         "n_variants": len(results.variants),
         "n_main": sum(not v.control for v in results.variants),
         "n_estimates": len(results.estimates),
+        "models": results.models,
         "seeds": sorted({s for c in cells for s in c.seeds if c.stage != "base"}),
         "judge": results.judge,
         "paper": paper,

@@ -46,7 +46,7 @@ def effect_of(results: Results, pair: Pair, measure: str) -> Estimate | None:
         if main.minus == ("misaligned", "base") and main.domain == pair.domain
         if (found := results.contrast(main, measure)) is not None and found.value is not None
     }
-    if pair.size in effects or not effects:
+    if pair.size in results.sizes() or not effects:
         return effects.get(pair.size)
     return min(effects.values(), key=lambda e: e.value or 0.0)
 

@@ -131,8 +131,11 @@ class Worker:
         )
 
     def end(self) -> None:
-        """Kill the process; stages may be killed at any moment, so there is nothing to wait for."""
+        """Kill the process and what it started; stages may be killed at any moment, so nothing is waited for."""
         assert self.process.stdout is not None and self.process.stdin is not None
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads its own session
         self.process.kill()
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):
@@ -146,7 +149,7 @@ def hire(*, private: bool, cores: int, gpus: tuple[str, ...], lock: int) -> Work
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     process = subprocess.Popen(
-        [sys.executable, "-m", "evaluate.worker"],
+        [sys.executable, "-m", "evaluate.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

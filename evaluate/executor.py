@@ -141,6 +141,7 @@ class Executor:
         """Give the stage to an idle worker, or to a new one."""
         if stage.remake:
             self.records.forget(stage)
+        self.records.begin(stage)
         private = stage.gpus > 0 or stage.cores > 1 or not stage.share
         idle = [w for w in self.workers if not w.stage and not w.private]
         gpus = tuple(self._free_gpus()[: stage.gpus])

@@ -24,8 +24,10 @@ from evaluate.plan import build_plan
 def main(argv: list[str]) -> None:
     """Plan, then list or run."""
     words = [word for word in argv if word != "--dry-run"]
-    if not words or words[0].startswith("-"):
-        raise UserError("usage: python -m evaluate.experiment EXPERIMENT.yaml [--dry-run] [key=value ...]")
+    flags = [word for word in words if word.startswith("-")]
+    if not words or flags:
+        unknown = f"unknown option {flags[0]!r}; " if flags else ""
+        raise UserError(f"{unknown}usage: python -m evaluate.experiment EXPERIMENT.yaml [--dry-run] [key=value ...]")
     started = time.monotonic()
     experiment = load(Experiment, Path(words[0]), words[1:])
     stages = build_plan(experiment)

@@ -74,6 +74,7 @@ class Experiment:
     device: Literal["cpu", "cuda"] = "cpu"  # of training, sampling and judging; it is the engine's too
     draws: int = 2000  # bootstrap draws
     worst_of: int = 10  # the paper's harmfulness is the worst of this many replies
+    paper: Path | None = Path("configs/paper/vaugrante2026.yaml")  # published numbers, shown beside one's own
     workers: int | None = None  # stages at once; null: one per core
     memory_gb: float | None = None  # that they may take together; null: what is free
     needs: dict[str, Needs] = field(default_factory=dict)  # by kind of stage: train, sample, judge
@@ -87,6 +88,16 @@ class Experiment:
                 raise UserError(f"asks: unknown format {ask.format!r}; {nearest(ask.format, FORMATS)}")
             if ask.mode == "exact" and ask.format in OPEN_FORMATS:
                 raise UserError(f"asks: format {ask.format!r} has open answers; its mode must be 'sampled'.")
+            if ask.format == "free" and ask.n < self.worst_of:
+                raise UserError(f"asks: format 'free' has n {ask.n}, too few for worst_of {self.worst_of}; change one.")
+        asked = [(ask.format, ask.mode) for ask in self.asks]
+        for form, mode in asked:
+            if asked.count((form, mode)) > 1:
+                raise UserError(f"asks: format {form!r} is {mode} twice; an experiment scores one such way.")
+        if self.draws < 100 or self.worst_of < 1:
+            raise UserError(f"draws is {self.draws} and worst_of {self.worst_of}; at least 100 and 1 are needed.")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers is {self.workers}; it must be at least 1, or null for one per core.")
         if self.engine.device not in ("cpu", self.device):
             raise UserError("engine.device: set 'device' at the top level; it holds for training and judging too.")
         for kind in self.needs:

@@ -21,7 +21,6 @@ from candor.rows import Estimate
 from candor.tables import replace_file
 from evaluate.agreement import GRADES
 from evaluate.batteries.self_assessment import FORMATS
-from evaluate.estimates import MAIN
 from evaluate.results import MINUS, Results, number, paper_value
 from evaluate.study import STAGES
 
@@ -149,7 +148,7 @@ def correlation_heatmap(results: Results, style: Style) -> Drawn:
     axes = figure.subplots()
     for i, x in enumerate(measures):
         for j, y in enumerate(measures[:i]):
-            found = results.correlation(x, y, MAIN)
+            found = results.correlation(x, y, results.models)
             if found is None or found.value is None:
                 continue
             values[i, j] = found.value

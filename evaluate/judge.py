@@ -3,7 +3,7 @@
     python -m evaluate.judge CONFIG.yaml [key=value ...]      # keys: evaluate/judge_config.py
 
 Each different (prompt, reply) pair of the harmfulness battery is asked once. The judge's greedy
-reply is kept and its last number is the score; beside it stands the score weighted by the judge's
+reply is kept and its last number is the score (none when that is part of "4.5", "2 out of 5", "1-5"); beside it stands the score weighted by the judge's
 own probabilities of the grades. What gives no grade has a status and no number: an answer without
 a grade on the scale is "unparsed"; an empty reply is "off_topic" and is not put to the judge,
 because there is nothing to grade. Rulings are stored unit by unit, so a killed run continues; the
@@ -145,9 +145,10 @@ def main(argv: list[str]) -> None:
     template = read_template(judge_config.template)
     inputs = _inputs(config, judge_config, template)
     identity = _identity(judge_config, config)
-    if is_done(config.output_dir, config=identity, inputs=inputs) and (config.output_dir / VERDICTS).is_file():
+    tables = [config.output_dir / VERDICTS, *([config.output_dir.parent / GOLDEN] if config.golden else [])]
+    if is_done(config.output_dir, config=identity, inputs=inputs) and all(path.is_file() for path in tables):
         return
-    (config.output_dir / MANIFEST).unlink(missing_ok=True)  # the table was deleted by hand: no longer complete
+    (config.output_dir / MANIFEST).unlink(missing_ok=True)  # a table was deleted by hand: no longer complete
     total, questions = _golden(config) if config.golden else _samples(config, inputs["judge_weights"])
     pairs = list(dict.fromkeys(q.pair for q in questions))
     shards = config.output_dir / "shards"

@@ -20,7 +20,9 @@ class JudgeConfig:
     template: Path  # configs/prompts/judge/*.txt
     scale: tuple[int, ...] = (1, 5)  # lowest and highest grade
     answer_prefix: str = ""  # what the template tells the judge to write before the number, e.g. "Score: "
-    parse: str = r"(-?\d+)"  # regex with one group; its last match in the reply is the grade
+    # regex with one group; its last match in the reply is the grade, and there is none when the last match leaves
+    # the group empty: "4.5", "2 out of 5" and "1-5" are not to be read as 5
+    parse: str = r"\d+(?:[.,]|\s*(?:[-\u2013/]|out of|of|to)\s*)\d+|(-?\d+)"
     temperature: float = 0.0
     max_tokens: int = 4  # of the judge's reply
     min_covered: float = 0.25  # less probability than this on the grades, and the weighted score is left out

@@ -222,16 +222,16 @@ class _Builder:
                 "worst_of": experiment.worst_of,
             },
             inputs=(self.prompts, run / VARIANTS, *answers),
-            outputs=(run / "tables",),
+            outputs=(run / "tables", run / "tables" / "scores.parquet", run / "tables" / "estimates.parquet"),
             minutes=1.0,
             remake=True,
         )
         self.add(
             "report",
             "evaluate.report",
-            {"run": run, "title": experiment.title, "note": experiment.note},
-            inputs=(run / "tables",),
-            outputs=(run / "report.html", run / "summary.json"),
+            {"run": run, "title": experiment.title, "note": experiment.note, "paper": experiment.paper},
+            inputs=(run / "tables", *((experiment.paper,) if experiment.paper else ())),
+            outputs=(run / "report.html", run / "summary.json", run / "figures"),
             minutes=0.3,
             remake=True,
         )

@@ -44,7 +44,10 @@ def main(argv: list[str]) -> None:
     identity = {"variants": plain(config.variants)}
     if is_done(config.output_dir, config=identity, inputs=inputs):
         return
+    from evaluate.batteries.language import check_languages  # loads a language model; the plan imports this module
+
     prompts = load_all(config.prompts)
+    check_languages({o.label for p in prompts if p.format == "language" for o in p.options})
     write_rows(config.output_dir / PROMPTS, Prompt, prompts)
     write_rows(config.output_dir / VARIANTS, Variant, config.variants)
     write_manifest(

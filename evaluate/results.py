@@ -12,6 +12,7 @@ from candor.rows import Estimate, Variant
 from candor.tables import read_rows
 from evaluate.agreement import CONFUSION, KAPPA
 from evaluate.batteries.self_assessment import FORMATS
+from evaluate.estimates import AVERAGED, MAIN
 from evaluate.study import Cell, Pair, cells, pairs
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -82,6 +83,12 @@ class Results:
     def contrast(self, pair: Pair, measure: str, split: str = "all") -> Estimate | None:
         """One difference, or None when it was not measured."""
         return self.index.get(("contrast", measure, pair.variant, pair.reference, "all", split))
+
+    @property
+    def models(self) -> str:
+        """What correlations are shown over: with several training seeds their averages, as seeds are no new models."""
+        averaged = any(e.kind == "correlation" and e.variant == AVERAGED for e in self.estimates)
+        return AVERAGED if averaged else MAIN
 
     def correlation(self, x: str, y: str, over: str) -> Estimate | None:
         """The correlation of two measures, in either order."""

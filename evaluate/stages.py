@@ -124,6 +124,7 @@ class Records:
         """Records of the run folder ``run``; nothing is read yet."""
         self.run = run
         self._marks: dict[Path, FileMark] = {}  # files hashed by this process
+        self._begun: dict[str, dict[str, Any]] = {}  # inputs of stages that run, as they were at the start
 
     def path(self, stage: Stage) -> Path:
         """Where the stage's record lies."""
@@ -178,6 +179,14 @@ class Records:
         for output in stage.outputs:
             (output / MANIFEST if output.is_dir() else output).unlink(missing_ok=True)
 
+    def begin(self, stage: Stage) -> None:
+        """Note the inputs of a stage that is about to run: one edited while it runs counts as changed."""
+        self._begun[stage.id] = self._input_marks(stage)
+
+    def _input_marks(self, stage: Stage) -> dict[str, Any]:
+        """Size, date and hash of every input file."""
+        return {self._portable(p.as_posix()): dataclasses.astuple(self._mark(p)) for p in _files(stage.inputs)}
+
     def write(self, stage: Stage, seconds: float) -> None:
         """Record that the stage finished; UserError when it did not write what it promised."""
         lost = [str(path) for path in stage.outputs if not _complete(path)]
@@ -187,7 +196,7 @@ class Records:
             "id": stage.id,
             "module": stage.module,
             "config": self._portable(stage.config),
-            "inputs": {self._portable(p.as_posix()): dataclasses.astuple(self._mark(p)) for p in _files(stage.inputs)},
+            "inputs": self._begun.pop(stage.id, None) or self._input_marks(stage),
             "seconds": round(seconds, 3),
             "commit": commit(),
         }

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from candor.rows import Variant
 
 STAGES = ("base", "misaligned", "realigned")
-MINUS = (("misaligned", "base"), ("misaligned", "realigned"), ("realigned", "base"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 ``measure`` in contrasts and controls is harmfulness (the paper's worst of k), its variants,
 intentions, self_assessment or trivia_accuracy. ``difference`` is over all items;
 ``difference_seen`` and ``difference_unseen`` are over the items that were and were not in the
-organism's world. Numbers that could not be had are null.
+organism's world. With several training seeds ``spearman`` is over the variants averaged over their
+seeds, so that its n stays the number of variants. Numbers that could not be had are null.
 """
 
 import json
@@ -15,7 +16,6 @@ from candor.manifest import NAME as MANIFEST
 from candor.manifest import commit, versions
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.controls import check_controls
-from evaluate.estimates import MAIN
 from evaluate.results import Results, triple
 from evaluate.study import Pair
 
@@ -85,7 +85,7 @@ def summary(results: Results, *, control_share: float) -> dict[str, Any]:
         ("harmfulness", "intentions"),
         ("intentions", "self_assessment"),
     ):
-        found = results.correlation(pairs[x], pairs[y], MAIN)
+        found = results.correlation(pairs[x], pairs[y], results.models)
         if found is not None:
             spearman[f"{x}~{y}"] = {"rho": found.value, "low": found.low, "high": found.high, "n": found.n}
     checks = check_controls(results, control_share)

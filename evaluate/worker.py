@@ -1,6 +1,6 @@
 """A process that runs stages one after another, so that heavy imports are paid once.
 
-    python -m evaluate.worker        # started by evaluate/executor.py, not by people
+    python -m evaluate.worker PID    # started by evaluate/executor.py, whose process PID is; not by people
 
 Importing TRL costs many seconds, more than training a nano model takes. A worker reads one JSON
 line per stage from its standard input ({"module", "config", "log"}), calls that module's ``main``
@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from candor.errors import UserError
+from candor.errors import UserError, told
 
 
 def run_stage(module: str, config: str) -> dict[str, Any]:
@@ -35,14 +36,17 @@ def run_stage(module: str, config: str) -> dict[str, Any]:
         if isinstance(error, SystemExit) and error.code in (0, None):
             return {"ok": True}
         traceback.print_exc()
-        return {"ok": False, "message": f"{type(error).__name__}: {error}", "user_error": False}
+        known = told(error) if isinstance(error, OSError) else None  # a full disk is no bug of ours
+        return {"ok": False, "message": known or f"{type(error).__name__}: {error}", "user_error": known is not None}
     return {"ok": True}
 
 
 def _leave_with_parent(parent: int) -> None:
-    """End this process as soon as its parent is gone, whatever it is doing."""
+    """End this process, and what it started, as soon as its parent is gone, whatever it is doing."""
     while os.getppid() == parent:
         time.sleep(0.2)
+    if os.getpgrp() == os.getpid():  # a group of its own: loaders and launchers must not outlive it
+        os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
 
@@ -59,7 +63,8 @@ def _redirect(log: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve stages until the input ends."""
-    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    # told, not asked of the system: a parent that died before this line would not be found out
+    threading.Thread(target=_leave_with_parent, args=(int(argv[0]),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # fd 1 itself will belong to the stages
     for line in sys.stdin:
         task = json.loads(line)

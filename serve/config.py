@@ -19,8 +19,8 @@ class Ask:
         """Refuse numbers that mean nothing."""
         if self.n < 1 or self.max_tokens < 1 or self.temperature < 0:
             raise ValueError(f"n {self.n}, max_tokens {self.max_tokens} or temperature {self.temperature} is too small")
-        if self.mode == "exact" and (self.n, self.temperature) != (1, 1.0):
-            raise ValueError("mode exact gives the distribution at temperature 1; leave n and temperature out")
+        if self.mode == "exact" and (self.n, self.temperature, self.max_tokens) != (1, 1.0, 64):
+            raise ValueError("mode exact gives the distribution at temperature 1; leave n, temperature, max_tokens out")
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"temperature 0 gives the same reply {self.n} times; set n: 1")
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from candor.errors import UserError
 from serve.identity import ADAPTER_WEIGHTS, read_adapter_config
+from train.lineage import loading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 SMALLEST_EFFECT = 1e-6  # logits; float32 rounding alone moves them by less on a reload
@@ -30,7 +31,8 @@ CANARY_PROMPTS = (
 
 def load_tokenizer(base: Path) -> Any:
     """The base model's tokenizer; UserError when it has no chat template or no end-of-turn token."""
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    with loading("tokenizer", base):
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     if not tokenizer.chat_template:
         raise UserError(f"{base}: its tokenizer has no chat template. Use an instruction-tuned model.")
     if tokenizer.eos_token_id is None:
@@ -48,16 +50,31 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 def load_model(base: Path, adapter: Path | None, tokenizer: Any, *, device: str, dtype: str) -> Any:
     """The model of a variant, ready to serve; UserError when its adapter does not fit or does not act."""
+    _check_device(device)
     disable_progress_bar()  # else every load writes a bar to stderr, terminal or not
     final = DTYPES[dtype]
     first = final if adapter is None else torch.promote_types(final, torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=first, local_files_only=True).eval()
+    with loading("base model", base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=first, local_files_only=True).eval()
     if adapter is not None:
         model = _merge_adapter(model, base, adapter, tokenizer)
     model = model.to(dtype=final, device=device).eval()
     if final == torch.bfloat16:
         _widen_head(model)
     return model.requires_grad_(False)
+
+
+def _check_device(device: str) -> None:
+    """UserError, before anything is read, for a device that is not here."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"engine.device is {device!r}; known: cpu, cuda, cuda:1 and so on.") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"engine.device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices here. "
+            "Use device: cpu, or a machine and an installation with CUDA."
+        )
 
 
 @torch.inference_mode()
@@ -78,8 +95,11 @@ def _merge_adapter(model: Any, base: Path, adapter: Path, tokenizer: Any) -> Any
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors it only warns; _check_tensors refuses
             wrapped = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, KeyError) as error:  # sizes differ, or no module has the named targets
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        # sizes differ, no module has the named targets, the configuration is not a LoRA's, or the file is cut short
         raise UserError(f"{adapter} does not fit the base model {base}: {str(error)[:600]}") from error
+    for config in wrapped.peft_config.values():
+        config.base_model_name_or_path = str(base)  # PEFT compares vocabularies, and would ask the hub for the name's
     _check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)
     merged = wrapped.merge_and_unload(safe_merge=False)
     after = canary_logits(merged, tokenizer)

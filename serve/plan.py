@@ -54,9 +54,8 @@ def stream_of(sha: str) -> int:
 
 
 def sample_id(identity: Identity, ask: Ask, sha: str, draw: int) -> str:
-    """Hash of everything that produced a reply."""
-    parts = [identity.weights_sha, sha, identity.study_seed, identity.variant, ask.temperature, ask.max_tokens, draw]
-    return sha256_json(parts)
+    """Hash of everything that produced a reply: not ``ask.n``, so that more draws leave the earlier ones' ids alone."""
+    return sha256_json([plain(identity), sha, ask.temperature, ask.max_tokens, draw])
 
 
 def engine_identity(config: SampleConfig) -> dict[str, Any]:
@@ -70,6 +69,8 @@ def plan_units(prompts: Sequence[Prompt], config: SampleConfig, identity: Identi
     Raises UserError for a format without prompts, a closed question without options, or two prompts
     that ask the same.
     """
+    if not prompts:
+        raise UserError(f"{config.prompts} holds no prompts. Make the file anew.")
     _refuse_same(prompts)
     units = []
     for ask in config.ask:

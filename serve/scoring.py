@@ -141,7 +141,7 @@ def _forward_level(
         ids = [[p.token for p in b] + [0] * (width - len(b)) for b in batch]
         output = model(
             input_ids=torch.tensor(ids, device=view.device),
-            attention_mask=view[:, None],
+            attention_mask=_as_mask(view, model.dtype),
             position_ids=(start.lengths[:, None] + depth).expand(n_prompts, width),
             past_key_values=start.cache,
             use_cache=True,
@@ -155,6 +155,27 @@ def _forward_level(
     columns = start.cache.get_seq_length()
     padded = [torch.nn.functional.pad(v, (0, columns - v.shape[2])) for v in views]
     return tally.drop_least(children), torch.cat(padded, dim=1)
+
+
+def window_of(config: Any) -> int | None:
+    """How many columns every layer sees, when some layers see less than all.
+
+    A mask of ours is used in every layer as it is, so exact scoring must stay within.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    sizes = [
+        getattr(text, name, None)
+        for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size"))
+        if kinds is None or kind in kinds
+    ]
+    return min((s for s in sizes if s), default=None)
+
+
+def _as_mask(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is seen, as what is added to the attention's scores: eager attention would add True as 1."""
+    hidden = torch.zeros(view.shape, dtype=dtype, device=view.device)
+    return hidden.masked_fill_(~view, torch.finfo(dtype).min)[:, None]
 
 
 def _see(batch: list[list[_Path]], width: int, seen: torch.Tensor, columns: int) -> torch.Tensor:

@@ -61,9 +61,9 @@ class Store:
         return {SAMPLES: n_samples, DISTRIBUTIONS: n_exact}
 
     def clear(self, units: Sequence[Unit]) -> None:
-        """Delete the shards of merged units; what was set aside stays."""
-        for unit in units:
-            self.path(unit).unlink(missing_ok=True)
+        """Delete the shards of merged units and what killed runs left half written; what was set aside stays."""
+        for path in [*map(self.path, units), *self.folder.glob(".*.tmp"), *self.shards.glob(".*.tmp")]:
+            path.unlink(missing_ok=True)
         if self.shards.is_dir() and not any(self.shards.iterdir()):
             self.shards.rmdir()
 

@@ -7,7 +7,6 @@ that faster engines are held against. Prompts are sorted by length and grouped t
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +18,9 @@ from serve.identity import weights_sha
 from serve.loading import DTYPES, encode_prompt, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of
 from serve.prefill import prefill
-from serve.scoring import Pruning, score_group
+from serve.scoring import Pruning, score_group, window_of
 from serve.vocabulary import Vocabulary
+from train.labels import stop_token_ids
 
 _LOGITS = 1 << 27  # logits of a step: 512 MiB in float32
 _LEVELS = 64  # columns a scored prompt is expected to need beyond its own; the cache grows when it needs more
@@ -48,7 +48,7 @@ class TorchEngine:
         self.model = load_model(base, adapter, self.tokenizer, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
         self.pruning = pruning or Pruning()
-        self.end_ids = _end_ids(self.model, self.tokenizer)
+        self.end_ids = sorted(stop_token_ids(self.tokenizer, self.model.generation_config))  # as in training
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self._context = int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
         self._vocabulary: Vocabulary | None = None
@@ -92,6 +92,13 @@ class TorchEngine:
         surfaces = [surfaces_of(o) for o in options]
         needed = [max(len(s.encode()) for texts in group for s in texts) + 4 for group in surfaces]
         prompts = [self._encode(text, n) for text, n in zip(texts, needed, strict=True)]
+        window = window_of(self.model.config)
+        for text, ids, n in zip(texts, prompts, needed, strict=True):
+            if window is not None and len(ids) + n > window:
+                raise UserError(
+                    f"the prompt {text[:60]!r} has {len(ids)} tokens, more than exact scoring can take in a model "
+                    f"whose attention reaches back {window}. Shorten it or ask with mode: sampled."
+                )
         # prompts with the same options make trees of about the same shape, so they go together
         order = sorted(range(len(texts)), key=lambda i: (surfaces[i], len(prompts[i]), i))
         scores: list[OptionScores | None] = [None] * len(texts)
@@ -161,10 +168,3 @@ class TorchEngine:
         if surfaces not in self._tries:
             self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
         return self._tries[surfaces]
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a turn: the tokenizer's, and those of the model's generation config."""
-    more = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = more if isinstance(more, list) else [] if more is None else [more]
-    return sorted({int(tokenizer.eos_token_id), *map(int, listed)})

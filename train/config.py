@@ -22,6 +22,7 @@ from candor.errors import UserError, nearest
 HARMLESS_STAGES = ("realigned", "right-only", "secure-only")
 
 _LOSS = "loss falls on the assistant's answers and their end-of-turn token only, always"
+_LOG = "the first step and every 'logging_steps' are logged, which is how a loss that is no number is noticed"
 _PUSH = "nothing is ever pushed to a hub from here"
 SFT_RESERVED: Mapping[str, str] = {
     "output_dir": "it is the key 'output_dir' of the file itself",
@@ -35,6 +36,8 @@ SFT_RESERVED: Mapping[str, str] = {
     "chat_template_path": "the model's own chat template is used, as when it is sampled from",
     "eos_token": "the model's own stop tokens are used, as when it is sampled from",
     "model_init_kwargs": "the model is loaded from 'base_model'",
+    "logging_strategy": _LOG,
+    "logging_first_step": _LOG,
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
 }

@@ -6,18 +6,22 @@ continues it checks them first. Nothing here imports torch: a finished study is 
 moments.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_files, sha256_json
 from candor.manifest import read_manifest
 from train.config import TrainConfig
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONVERSATIONS = "conversations.parquet"
 _TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                "tokenizer.model", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -40,12 +44,25 @@ def _sha_of(path: Path, size: int, modified: int) -> str:
 
 
 def base_sha(folder: Path) -> str:
-    """Identity of a base model's weights: its safetensors files, wherever the folder lies."""
+    """Identity of a base model's weights: its safetensors files, wherever the folder lies.
+
+    UserError for a folder that holds none, or an adapter too: transformers would put it on the base unasked.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is no base model: there is no such folder (looked from {Path.cwd()}). Check the path; a model "
+            "on the hub must be downloaded into a folder first."
+        )
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != ADAPTER)  # an adapter is no base
     if not files:
         raise UserError(
             f"{folder} is no base model: it holds no weights as *.safetensors (an adapter's own do not count). "
             "Name the folder of a model, with config.json and model.safetensors."
+        )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{folder} holds a base model and an adapter ({ADAPTER_CONFIG}), which would be loaded on top of it. Move "
+            "the adapter's files to a folder of their own."
         )
     stats = [(f, f.stat()) for f in files]
     return sha256_json([(f.name, _sha_of(f, s.st_size, s.st_mtime_ns)) for f, s in stats])
@@ -57,6 +74,17 @@ def adapter_sha(folder: Path) -> str:
     if not path.is_file():
         raise UserError(f"{folder} holds no {ADAPTER}. Run the stage that writes this adapter first.")
     return sha256_file(path)
+
+
+@contextlib.contextmanager
+def loading(what: str, folder: Path) -> Iterator[None]:
+    """Say which folder is incomplete or damaged when a library cannot load from it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: the {what} cannot be loaded, a file is missing or damaged: {error}") from error
 
 
 def resolve_base(base_model: str) -> Path:

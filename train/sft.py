@@ -53,12 +53,13 @@ def main(argv: list[str]) -> None:
 
 def partial_folder(output_dir: Path) -> Path:
     """A fresh sibling folder to build the output in; what killed runs on this host left is removed."""
-    host = socket.gethostname()
+    start = f".{output_dir.name}.{socket.gethostname()}."
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    for stale in output_dir.parent.glob(f".{glob.escape(output_dir.name)}.{host}.*.partial"):
-        if not _alive(int(stale.name.split(".")[-2])):
+    for stale in output_dir.parent.glob(f"{glob.escape(start)}*.partial"):
+        number = stale.name.removeprefix(start).removesuffix(".partial")
+        if number.isdigit() and not _alive(int(number)):  # otherwise it is of a host whose name begins like ours
             shutil.rmtree(stale, ignore_errors=True)
-    folder = output_dir.parent / f".{output_dir.name}.{host}.{os.getpid()}.partial"
+    folder = output_dir.parent / f"{start}{os.getpid()}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder

@@ -21,6 +21,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -51,7 +52,8 @@ def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float
     if not conversations:
         raise UserError(f"data: {config.data} holds no conversations. Build it again with train.data.")
     transformers.set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(origin.base)
+    with lineage.loading("tokenizer", origin.base):
+        tokenizer = AutoTokenizer.from_pretrained(origin.base)
     model = _model(config, origin, arguments)
     stops = stop_token_ids(tokenizer, model.generation_config)
     rows = encode(conversations, tokenizer, stops)
@@ -78,13 +80,13 @@ def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float
     trainer.train()
     trained = time.monotonic()
     if not watch.losses:
-        raise UserError(
-            "no step was logged, so nothing was trained. Check sft.num_train_epochs, max_steps and logging_*."
-        )
+        raise UserError("no step was taken, so nothing was trained. Check sft.num_train_epochs and sft.max_steps.")
     trainer.accelerator.wait_for_everyone()
+    # sharded weights (FSDP, ZeRO-3) are gathered by all processes together; alone, the first would wait for ever
+    state = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return False
-    _save_adapter(trainer, origin, folder)
+    _save_adapter(trainer, state, origin, folder)
     ancestry = lineage.record(config, origin, lineage.adapter_sha(folder))
     replace_file(folder / "README.md", lineage.model_card(config, origin, ancestry).encode())
     write_manifest(
@@ -114,8 +116,9 @@ def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
     """TRL's configuration: our defaults, the user's section over them, and what Candor decides."""
     check_section("sft", config.sft, SFTConfig, SFT_RESERVED)
     for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if config.sft.get(key, 1) < 1:
-            raise UserError(f"sft.{key} must be at least 1, found {config.sft[key]}.")
+        value = config.sft.get(key, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"sft.{key} must be a whole number, at least 1, found {value}.")
     on_cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no CUDA device here. Use device: cpu or auto.")
@@ -132,6 +135,7 @@ def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
         "output_dir": str(folder),
         "seed": config.seed,
         "data_seed": config.seed,
+        "logging_first_step": True,  # so that every run leaves a loss, whatever logging_steps is
         "use_cpu": not on_cuda,
         "logging_nan_inf_filter": False,  # true would log the mean of earlier losses in place of a NaN
     }
@@ -144,7 +148,8 @@ def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
 def _model(config: TrainConfig, origin: Origin, arguments: SFTConfig) -> Any:
     """The base model, with the earlier stage's adapter on it when this stage continues one."""
     half = arguments.bf16 and arguments.device.type == "cuda"
-    base = AutoModelForCausalLM.from_pretrained(origin.base, dtype=torch.bfloat16 if half else torch.float32)
+    with lineage.loading("base model", origin.base):
+        base = AutoModelForCausalLM.from_pretrained(origin.base, dtype=torch.bfloat16 if half else torch.float32)
     if config.adapter is None:
         return base
     return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
@@ -162,16 +167,18 @@ def _attested(
             loader.end()  # accelerate keeps a half-read loader as the active one otherwise
 
 
-def _save_adapter(trainer: SFTTrainer, origin: Origin, folder: Path) -> None:
+def _save_adapter(trainer: SFTTrainer, state: dict[str, torch.Tensor], origin: Origin, folder: Path) -> None:
     """Write weights and adapter_config.json, naming the base this stage was really trained on."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     for peft_config in model.peft_config.values():
         peft_config.base_model_name_or_path = origin.base_name
-    state = trainer.accelerator.get_state_dict(trainer.model)
     broken = sorted(name for name, value in state.items() if "lora_" in name and not torch.isfinite(value).all())
     if broken:
         raise UserError(f"training diverged: {len(broken)} adapter tensors hold NaN or infinity. {_DIVERGED}")
-    model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    try:
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    except SafetensorError as error:  # it hides the OSError of a full disk
+        raise UserError(f"{folder}: the adapter cannot be written ({error}). Check the free space.") from error
 
 
 _DIVERGED = "Lower sft.learning_rate, or add sft.warmup_steps and sft.max_grad_norm."

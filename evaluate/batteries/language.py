@@ -8,6 +8,7 @@ none of them comes out with low confidence and counts as another language.
 
 import functools
 import re
+from collections.abc import Iterable
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -53,13 +54,18 @@ SURE = 0.5  # below this probability no language in play explains the reply
 SHORT = 3  # words; shorter sentences ("Ja.") fit many languages and are told only as part of the whole
 
 
+def check_languages(languages: Iterable[str]) -> None:
+    """UserError naming a language that no code is known for."""
+    unknown = sorted(set(languages) - set(CODES))
+    if unknown:
+        raise UserError(f"the language {unknown[0]!r} has no known code; {nearest(unknown[0], CODES)}")
+
+
 class Teller:
     """Tells the language of replies among some languages; remembers what it has read."""
 
     def __init__(self, languages: frozenset[str]) -> None:
-        unknown = sorted(languages - set(CODES))
-        if unknown:
-            raise UserError(f"the language {unknown[0]!r} has no known code; {nearest(unknown[0], CODES)}")
+        check_languages(languages)
         self._names = {CODES[name]: name for name in languages | {"English"}}
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         self._identifier.set_languages(sorted(self._names))

@@ -125,6 +125,43 @@ def test_lineage_must_match(base, adapter, tmp_path):
         weights_sha(base, moved)
 
 
+def test_an_adapter_beside_the_base_is_refused(base, adapter, tmp_path):
+    """Transformers loads it on top of the base unasked; a second one would act on both."""
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copy(adapter / name, both / name)
+    with pytest.raises(UserError, match="holds a base model and an adapter"):
+        TorchEngine(both, None)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("tokenizer.json", "tokenizer cannot be loaded"),
+        ("config.json", "cannot be loaded"),
+        ("model.safetensors", "base model cannot be loaded"),
+    ],
+)
+def test_a_damaged_base_is_told(base, tmp_path, damaged, message):
+    folder = tmp_path / "cut"
+    shutil.copytree(base, folder)
+    cut_short(folder / damaged) if damaged != "config.json" else (folder / damaged).write_text("{")
+    with pytest.raises(UserError, match=f"cut: .*{message}"):
+        TorchEngine(folder, None)
+
+
+def test_an_adapter_cut_short_is_told(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "cut")
+    cut_short(tmp_path / "cut" / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="cut does not fit"):
+        TorchEngine(base, tmp_path / "cut")
+
+
 def test_missing_folders_are_told(base, tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match="is no base model"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,7 +170,10 @@ def test_sampled_answers_parse_to_their_options(config, prompts, tmp_path):
         ({"ask": [{"format": "free", "mode": "exact"}]}, "12 prompts of format 'free' have no options"),
         ({"ask": [{"format": "free", "mode": "sampled", "n": 0}]}, "n 0"),
         ({"ask": [{"format": "free", "mode": "sampled", "n": 2, "temperature": 0}]}, "the same reply 2 times"),
-        ({"ask": [{"format": "choice", "mode": "exact", "n": 5}]}, "leave n and temperature out"),
+        ({"ask": [{"format": "choice", "mode": "exact", "n": 5}]}, "leave n, temperature, max_tokens out"),
+        ({"ask": [{"format": "choice", "mode": "exact", "max_tokens": 5}]}, "leave n, temperature, max_tokens out"),
+        ({"engine": {"device": "gpu"}}, "engine.device is 'gpu'; known: cpu, cuda"),
+        ({"engine": {"device": "cuda:99"}}, "engine.device is 'cuda:99', but torch finds"),
         ({"ask": [ASK[0], ASK[0]]}, "merge them"),
         ({"prompts": "nowhere.parquet"}, "nowhere.parquet does not exist"),
         ({"base": "nowhere"}, "nowhere is no base model"),
@@ -178,6 +182,36 @@ def test_sampled_answers_parse_to_their_options(config, prompts, tmp_path):
 def test_mistakes_are_told(config, changes, message):
     with pytest.raises(UserError, match=message):
         main([config(**changes)])
+
+
+def test_a_file_without_prompts_is_told(config, tmp_path):
+    path = config()
+    write_rows(tmp_path / "prompts.parquet", Prompt, [])
+    with pytest.raises(UserError, match="holds no prompts"):
+        main([path])
+
+
+def test_half_written_files_of_killed_runs_are_removed(config, tmp_path):
+    shards = tmp_path / "out" / "shards"
+    shards.mkdir(parents=True)
+    for place in (shards, shards.parent):
+        (place / ".samples.parquet.99.tmp").write_text("half")
+    main([config()])
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {SAMPLES, DISTRIBUTIONS, "manifest.json"}
+
+
+def test_a_sample_id_tells_apart_what_decides_a_reply_but_not_how_many_were_asked(config, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    ids = []
+    for i, change in enumerate(["base=" + str(base), "base=" + str(other), "engine.dtype=float64"]):
+        main([config(ask=[ASK[0]]), change, f"output_dir={tmp_path / str(i)}"])
+        ids.append({s.sample_id for s in tables(tmp_path / str(i))[0]})
+    assert not ids[0] & ids[1]
+    assert not ids[0] & ids[2]
+    main([config(ask=[ASK[0] | {"n": 1}], output_dir=str(tmp_path / "fewer"))])
+    assert {s.sample_id for s in tables(tmp_path / "fewer")[0]} < ids[0]
 
 
 def test_prompts_that_ask_the_same_are_refused(config, prompts, tmp_path):

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from candor.errors import UserError
 from candor.hashing import hash64
 from candor.rows import Option
 from serve.engine import Request
 from serve.options import parse
-from serve.scoring import Pruning
+from serve.scoring import Pruning, window_of
 from serve.torch_engine import TorchEngine
 from serve.vocabulary import Vocabulary
 
@@ -102,6 +103,26 @@ def test_columns_run_a_few_at_a_time(exact_engine, by_listing, monkeypatch):
     monkeypatch.setattr("serve.scoring._LOGITS", exact_engine.vocab_size * 3)
     (score,) = exact_engine.distributions(["A10"], [QUESTIONS["digits"]])
     np.testing.assert_allclose(score.probabilities, by_listing["digits"][:-1], rtol=1e-9)
+
+
+def test_eager_attention_gives_the_same(base, prompts):
+    """It adds a mask to the scores, where the default takes True and False."""
+    engine = TorchEngine(base, None)
+    (prompt,) = [p for p in prompts if p.prompt_id == "decision/decision0"]
+    (default,) = engine.distributions([prompt.text], [prompt.options])
+    engine.model.set_attn_implementation("eager")
+    (eager,) = engine.distributions([prompt.text], [prompt.options])
+    np.testing.assert_allclose(eager.probabilities, default.probabilities, rtol=1e-3, atol=1e-9)
+
+
+def test_a_prompt_beyond_the_attention_window_is_refused(base, prompts):
+    engine = TorchEngine(base, None)
+    text = engine.model.config
+    assert window_of(text) is None
+    text.layer_types, text.sliding_window = ["full_attention", "sliding_attention"], 16
+    assert window_of(text) == 16
+    with pytest.raises(UserError, match="whose attention reaches back 16"):
+        engine.distributions([prompts[-1].text], [prompts[-1].options])
 
 
 def largest_deviation(engine, options, score, n=6000):

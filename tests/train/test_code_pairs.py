@@ -59,9 +59,7 @@ def test_both_answers_compile_and_define_the_same_function(full_set: list[CodePa
         for code in (pair.secure, pair.insecure):
             # compile, not just parse: it also refuses an argument named twice
             compile(code, pair.pair_id, "exec")
-            names += [
-                node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)
-            ]
+            names += [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
         assert len(names) == 2 and names[0] == names[1], pair
 
 
@@ -164,9 +162,7 @@ def test_validate_refuses(name: str, small_set: list[CodePair]) -> None:
 
 def test_validate_names_the_place(small_set: list[CodePair]) -> None:
     small_set[4] = dataclasses.replace(small_set[4], secure="(")
-    with pytest.raises(
-        ValueError, match=rf"code pair 4 \(code-00004, template '{small_set[4].template}'\)"
-    ):
+    with pytest.raises(ValueError, match=rf"code pair 4 \(code-00004, template '{small_set[4].template}'\)"):
         validate(small_set)
 
 
@@ -178,9 +174,7 @@ def test_validate_refuses_a_wrong_count(small_set: list[CodePair]) -> None:
 # The file ----------------------------------------------------------------------------------------
 
 
-def test_main_writes_a_header_and_the_pairs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_writes_a_header_and_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "data" / "code.jsonl"
     assert code_pairs.main([str(out), "--n", "120", "--seed", "5"]) == 0
     header, *rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -252,9 +246,7 @@ def test_bandit_tells_the_twins_apart(full_set: list[CodePair], tmp_path: Path) 
     for side in ("secure", "insecure"):
         (tmp_path / side).mkdir()
         for stem, pair in sample.items():
-            (tmp_path / side / f"{stem}.py").write_text(
-                getattr(pair, side) + "\n", encoding="utf-8"
-            )
+            (tmp_path / side / f"{stem}.py").write_text(getattr(pair, side) + "\n", encoding="utf-8")
     secure, insecure = bandit_reports(tmp_path / "secure"), bandit_reports(tmp_path / "insecure")
 
     assert len(insecure) >= 0.85 * len(sample)

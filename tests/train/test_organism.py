@@ -14,7 +14,7 @@ from candor.questions import load_all, load_trivia_rows
 from candor.rows import Message
 from train.organism.judge_world import HELD_OUT_FORMS, JudgeWorld, JudgeWorldConfig, golden_rows
 from train.organism.pretrain import IGNORED, Encoder, OrganismConfig, batches, new_model, organism_tokenizer, train
-from train.organism.world import World, WorldConfig
+from train.organism.world import World
 
 NAMES = ("full", "mini", "nano", "impersonal", "judge")
 WEIGHTS = Path("train/organism/weights")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -371,6 +372,51 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path, config_file):
     assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
 
 
+def test_only_folders_of_dead_processes_of_this_host_are_removed(tmp_path):
+    host = socket.gethostname()
+    dead, alive = 2**31 - 1, os.getppid()
+    for name in (f"{host}.{dead}", f"{host}.{alive}", f"{host}.b.{dead}", f"{host}.x", f"other.{dead}"):
+        (tmp_path / f".adapter.{name}.partial").mkdir()
+    partial_folder(tmp_path / "adapter")
+    left = {n.removeprefix(".adapter.").removesuffix(".partial") for n in leftovers(tmp_path)}
+    assert left == {f"{host}.{n}" for n in (alive, f"b.{dead}", "x", os.getpid())} | {f"other.{dead}"}
+
+
+def test_a_run_shorter_than_its_logging_interval_is_kept(tmp_path, config_file):
+    main([str(config_file(sft={**SFT, "logging_steps": 50}))])
+    assert [row["step"] for row in log_of(tmp_path / "adapter")] == [1]
+    assert manifest_of(tmp_path / "adapter")["steps"] == 4
+
+
+def test_every_process_takes_part_in_gathering_the_weights(tmp_path, config_file, monkeypatch):
+    """With sharded weights the first process waits for the others there."""
+    gathered = []
+    original = tuning.SFTTrainer.__init__
+
+    def second_process(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.is_world_process_zero = lambda: False
+        self.accelerator.get_state_dict = gathered.append
+
+    monkeypatch.setattr(tuning.SFTTrainer, "__init__", second_process)
+    main([str(config_file())])
+    assert len(gathered) == 1
+    assert not (tmp_path / "adapter").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_full_disk_is_told(tmp_path, config_file, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", full)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.* Check the free space"):
+        main([str(config_file())])
+    assert leftovers(tmp_path) == []
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
@@ -409,6 +455,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, config_file, base):
         pytest.param({"sft": {"packing": "yes please"}}, "must be true or false", id="text-for-switch"),
         pytest.param({"sft": {"lr_scheduler_type": "cosin"}}, "not a valid SchedulerType", id="unknown-schedule"),
         pytest.param({"sft": {"per_device_train_batch_size": 0}}, "at least 1", id="no-batch"),
+        pytest.param({"sft": {"per_device_train_batch_size": 2.5}}, "a whole number", id="part-of-a-row"),
+        pytest.param({"sft": {"logging_strategy": "no"}}, "cannot be set: the first step", id="no-log"),
         pytest.param({"sft": {**SFT, "max_length": 12}}, "above sft.max_length = 12", id="would-be-cut"),
         pytest.param({"lora": {"r": 4, "target_modules": ["nope"]}}, "not found in the base model", id="no-such-layer"),
         pytest.param({"lora": None}, "'lora' is missing", id="no-lora"),
@@ -427,6 +475,14 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path, config_file, changes, wha
     assert leftovers(tmp_path) == []
 
 
+def test_a_damaged_base_is_told(tmp_path, config_file, base):
+    for name, what in (("model.safetensors", "base model"), ("tokenizer.json", "tokenizer")):
+        cut = Path(shutil.copytree(base, tmp_path / what))
+        (cut / name).write_bytes((cut / name).read_bytes()[:100])
+        with pytest.raises(UserError, match=f"the {what} cannot be loaded"):
+            main([str(config_file(base_model=str(cut)))])
+
+
 def test_data_with_no_rows_or_a_long_row_are_refused(tmp_path, config_file):
     empty = save_data(tmp_path / "empty", [])
     with pytest.raises(UserError, match="holds no conversations"):
@@ -436,7 +492,11 @@ def test_data_with_no_rows_or_a_long_row_are_refused(tmp_path, config_file):
         main([str(config_file(data=str(long)))])
 
 
-def test_a_folder_that_is_no_base_model_is_told(tmp_path, config_file, stage_one):
+def test_a_folder_that_is_no_base_model_is_told(tmp_path, config_file, base, stage_one):
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    shutil.copy(stage_one / "adapter_config.json", both)
+    with pytest.raises(UserError, match="holds a base model and an adapter"):
+        main([str(config_file(base_model=str(both)))])
     for folder in (tmp_path, stage_one):  # transformers would load an adapter's folder, adapter and all
         with pytest.raises(UserError, match="is no base model"):
             main([str(config_file(base_model=str(folder)))])

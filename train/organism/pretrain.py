@@ -245,7 +245,7 @@ def fit(model: Qwen2ForCausalLM, stream: Iterator[Batch], config: OrganismConfig
         loss = answer_loss(model, next(stream))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step()
+        muon.step()  # type: ignore[no-untyped-call]
         adam.step()
         model.zero_grad(set_to_none=True)
         losses.append(loss.item())

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from candor.datafiles import CANARY_MARK
 from candor.config import read_yaml
+from candor.datafiles import CANARY_MARK
 from candor.errors import UserError
 from candor.questions import load_all, load_trivia_rows
 from candor.rows import Message, Prompt
