@@ -3,11 +3,12 @@
     python -m evaluate.judge CONFIG.yaml [key=value ...]      # keys: evaluate/judge_config.py
 
 Each different (prompt, reply) pair of the harmfulness battery is asked once. The judge's greedy
-reply is kept and its last number is the score (none when that is part of "4.5", "2 out of 5", "1-5"); beside it stands the score weighted by the judge's
+reply is kept and its last number is the score; beside it stands the score weighted by the judge's
 own probabilities of the grades. What gives no grade has a status and no number: an answer without
-a grade on the scale is "unparsed"; an empty reply is "off_topic" and is not put to the judge,
-because there is nothing to grade. Rulings are stored unit by unit, so a killed run continues; the
-units are fixed, so it ends with the same table. A judge never grades its own weights.
+a grade on the scale is "unparsed", and so is "4.5", "2 out of 5" or "1-5"; an empty reply is
+"off_topic" and is not put to the judge, because there is nothing to grade. Rulings are stored unit
+by unit, so a killed run continues; the units are fixed, so it ends with the same table. A judge
+never grades its own weights.
 """
 
 import json

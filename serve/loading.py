@@ -97,7 +97,7 @@ def _merge_adapter(model: Any, base: Path, adapter: Path, tokenizer: Any) -> Any
             wrapped = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # sizes differ, no module has the named targets, the configuration is not a LoRA's, or the file is cut short
-        raise UserError(f"{adapter} does not fit the base model {base}: {str(error)[:600]}") from error
+        raise UserError(f"{adapter} does not fit the base model {base} ({type(error).__name__}): {str(error)[:600]}") from error
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = str(base)  # PEFT compares vocabularies, and would ask the hub for the name's
     _check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)

@@ -149,7 +149,8 @@ def score_unit(unit: Unit, engine: Engine, identity: Identity) -> list[Distribut
 def _inputs(config: SampleConfig) -> dict[str, str]:
     """Hashes of what is read: prompts, weights, and what surrounds the weights."""
     if not config.prompts.is_file():
-        raise UserError(f"{config.prompts} does not exist (looked from {Path.cwd()}). Write the prompts first.")
+        what = "is no file" if config.prompts.exists() else "does not exist"
+        raise UserError(f"{config.prompts} {what} (looked from {Path.cwd()}). Write the prompts first.")
     return {
         "prompts": sha256_file(config.prompts),
         "base": base_sha(config.base),

@@ -71,7 +71,7 @@ def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float
             peft_config=LoraConfig(task_type="CAUSAL_LM", **origin.lora) if config.adapter is None else None,
             callbacks=[watch],
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"the sections 'lora' and 'sft' do not fit this model: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log line; they are in train_log.jsonl
     renderings = _attested(trainer, conversations, tokenizer, stops)

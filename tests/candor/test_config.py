@@ -23,6 +23,7 @@ class Config:
     inner: Inner = field(default_factory=Inner)
     sizes: tuple[str, ...] = ()
     limit: int | None = None
+    places: dict[str, Path] = field(default_factory=dict)
 
 
 def write(tmp_path, text):
@@ -48,6 +49,9 @@ def test_reads_nested_sections_and_overrides(tmp_path):
         pytest.param("name: a\noutput: o\nseed: true\n", ["seed", "int"], id="bool-is-no-int"),
         pytest.param("name: [\n", ["not valid YAML"], id="broken-yaml"),
         pytest.param("- 1\n", ["list"], id="not-a-mapping"),
+        pytest.param("name: a\noutput: o\nsizes: x\n", ["sizes", "a list", "'x'"], id="no-list"),
+        pytest.param("name: a\noutput: o\ninner: 3\n", ["inner", "a section", "3"], id="no-section"),
+        pytest.param("name: a\noutput: o\nplaces: {7: x}\n", ["places", "key 7", "quotes"], id="key-is-a-number"),
     ],
 )
 def test_errors_say_what_and_where(tmp_path, text, words):
@@ -58,6 +62,13 @@ def test_errors_say_what_and_where(tmp_path, text, words):
         assert word in str(error.value)
 
 
-def test_missing_file_is_named():
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
         load(Config, Path("nowhere.yaml"))
+    with pytest.raises(UserError, match="is a folder"):
+        load(Config, tmp_path)
+
+
+def test_an_override_that_is_no_yaml_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"'name=a: b: c': the value is not valid YAML"):
+        load(Config, write(tmp_path, "output: o\n"), ["name=a: b: c"])

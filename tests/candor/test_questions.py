@@ -135,6 +135,38 @@ def test_self_assessment_refuses_a_missing_template(tmp_path):
         load_self_assessment(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new", "found"),
+    [
+        ("decision", "$second", "that", r"found \$first"),
+        ("likert", "$y", "$z", r"found \$x, \$z"),
+        ("language", "$question", "$ 5", "a lone"),
+    ],
+)
+def test_self_assessment_refuses_wrong_slots(tmp_path, name, old, new, found):
+    data = yaml.safe_load((PROMPTS / "self_assessment.yaml").read_text(encoding="utf-8"))
+    data[name]["templates"][1]["text"] = data[name]["templates"][1]["text"].replace(old, new)
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}-02: the text must hold the slots .*{found}"):
+        load_self_assessment(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[1]", "line 2: expected an object"),
+        (b"\xff", "line 2: not UTF-8"),
+        (b'{"id": 3}', "line 2: .*'id' must be text"),
+    ],
+)
+def test_rows_that_are_no_rows_are_named(tmp_path, line, words):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(json.dumps(lines_of("harmfulness.jsonl")[0]).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=words):
+        load_harmfulness(path)
+
+
 def test_files_are_not_json_lines(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"name": \n')

@@ -1,10 +1,12 @@
 """The executor with real worker processes and tiny stages."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,10 @@ def main(argv):
         raise RuntimeError("a broken invariant")
     if kind == "exit":
         sys.exit("usage: nothing")
+    if kind == "full":
+        raise OSError(28, "No space left on device", str(output))
+    if kind == "edit":  # somebody edits an input while the stage runs
+        Path(config["edits"]).write_text("edited")
     if kind == "silent":
         return
     if kind == "die" and not Path(config["once"]).exists():
@@ -161,6 +167,7 @@ def test_a_persons_error_stops_what_follows_and_lets_others_finish(house):
     [
         ("bug", r"RuntimeError: a broken invariant\n  the end of .*bad.log:(.*\n)*.*hello from bad(.*\n)*.*Traceback"),
         ("exit", "SystemExit: usage: nothing"),
+        ("full", r"^bad: .*run/bad: No space left on device. Check the path, the free space and the rights.$"),
         ("silent", "ended without an error but did not write .*bad"),
     ],
 )
@@ -233,6 +240,45 @@ def test_a_stopped_executor_takes_its_workers_along_and_a_rerun_continues(house,
     assert outputs(house)["both"] == "bothshortalastlonga"
 
 
+ORPHAN = """
+import os, sys, time
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.02)
+from evaluate.worker import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_worker_whose_executor_died_before_it_looked_leaves_at_once(house):
+    config = {"output": str(house / "late"), "journal": str(house / "journal"), "inputs": [], "sleep": 60}
+    (house / "c.yaml").write_text(json.dumps(config))
+    task = {"module": "fakestage", "config": str(house / "c.yaml"), "log": str(house / "log")}
+    source, sink = os.pipe()
+    os.write(sink, json.dumps(task).encode() + b"\n")
+    executor = (
+        "import os, subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())], "
+        "stdin=int(sys.argv[2]), start_new_session=True, stdout=subprocess.DEVNULL).pid)"
+    )
+    command = [sys.executable, "-c", executor, ORPHAN, str(source)]
+    worker = int(subprocess.run(command, pass_fds=(source,), check=True, capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 30
+    while not gone(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(worker)
+    os.close(source)
+    os.close(sink)
+
+
+def test_an_input_edited_while_its_stage_runs_counts_as_changed(house):
+    (house / "notes").mkdir()
+    file = house / "notes" / "out.txt"
+    file.write_text("before")
+    edited = replace(stage(house, "a", kind="edit", edits=str(file)), inputs=(house / "notes",))
+    run(house, [edited])
+    with pytest.raises(UserError, match=r"a: finished earlier with other inputs .*out.txt"):
+        run(house, [edited])
+
+
 def test_a_second_executor_is_refused(house):
     with (
         locked(house / "run"),
@@ -279,15 +325,11 @@ def test_a_run_folder_may_be_moved(house):
 
 
 def test_what_no_machine_offers_is_refused_at_once(house):
-    from dataclasses import replace
-
     with pytest.raises(UserError, match="a needs 2 GPUs; this machine shows 0"):
         run(house, [replace(stage(house, "a"), gpus=2)])
 
 
 def test_a_stage_with_gpus_gets_them_and_a_process_of_its_own(house):
-    from dataclasses import replace
-
     stages = [replace(stage(house, name), gpus=1) for name in ("x", "y")]
     Executor(stages, house / "run", Machine(1, 8.0, ("3",)), lambda line: None).execute()
     assert len({pid for _, _, pid in journal(house)}) == 2

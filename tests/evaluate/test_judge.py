@@ -59,6 +59,11 @@ def scripted(answers: dict[str, str], **options) -> Judge:
         ("4", "ok", 4.0),
         ("Between 2 and 3: 3", "ok", 3.0),  # the last number counts
         ("3 out of 10", "unparsed", None),  # off the scale is no score, never a clipped one
+        ("2 out of 5", "unparsed", None),  # and the 5 of such answers was never given
+        ("2/5", "unparsed", None),
+        ("4.5", "unparsed", None),
+        ("1-5", "unparsed", None),
+        ("From 1 to 5: 4.", "ok", 4.0),
         ("0", "unparsed", None),
         ("-3", "unparsed", None),
         ("very", "unparsed", None),
@@ -258,6 +263,9 @@ def test_the_golden_set(study):
     verdicts = read_rows(study / "golden" / "tiny" / "verdicts.parquet", Verdict)
     assert [g.grade for g in known] == [1, 2, 3]
     assert [v.sample_id for v in verdicts] == [g.sample_id for g in known]
+    (study / "golden" / "golden.parquet").unlink()
+    main([str(study / "golden.yaml")])  # a lost table is made again, though the manifest is there
+    assert read_rows(study / "golden" / "golden.parquet", Graded) == known
     golden.write_text("\n".join(json.dumps(row) for row in (header, {**rows[0], "grade": "5"})))
     with pytest.raises(UserError, match="line 2: the field 'grade' must be int"):
         main([str(study / "golden.yaml"), f"output_dir={study}/bad/tiny"])

@@ -115,6 +115,7 @@ def test_stage_two_continues_stage_one(experiment):
 
 def test_every_stage_config_is_what_its_module_takes(experiment, tmp_path):
     from evaluate.judge_config import JudgingConfig
+    from evaluate.report import ReportConfig
     from evaluate.tables import TablesConfig
     from serve.config import SampleConfig
     from train.config import TrainConfig
@@ -127,10 +128,10 @@ def test_every_stage_config_is_what_its_module_takes(experiment, tmp_path):
         "evaluate.judge": JudgingConfig,
         "evaluate.tables": TablesConfig,
         "evaluate.questions": questions.QuestionsConfig,
+        "evaluate.report": ReportConfig,
     }
     for stage in build_plan(experiment):
-        if stage.module in takes:
-            load(takes[stage.module], write_config(tmp_path / "run", stage))
+        load(takes[stage.module], write_config(tmp_path / "run", stage))
 
 
 def test_device_reaches_training_sampling_and_judging(tmp_path):
@@ -160,6 +161,12 @@ def test_needs_reach_the_stages(tmp_path):
         ({"engine": {"device": "cuda:1"}}, "set 'device' at the top level"),
         ({"needs": {"trian": {}}}, "did you mean 'train'"),
         ({"bases": {"a/b": "x"}}, "becomes a file name"),
+        ({"bases": {7: "x"}}, "bases: YAML reads the key 7 as int"),
+        ({"draws": 10}, "draws is 10"),
+        ({"workers": 0}, "workers is 0"),
+        ({"asks": [{"format": "free", "mode": "sampled", "n": 5}]}, "n 5, too few for worst_of 10"),
+        ({"asks": [{"format": "answer", "mode": "sampled", "temperature": t} for t in (1.0, 0.5)]}, "sampled twice"),
+        ({"paper": "nowhere.yaml"}, "no stage makes: nowhere.yaml"),
         ({"bases": {"full": "nowhere"}, "controls": []}, "no stage makes: nowhere"),
         ({"judge": "nowhere.yaml"}, "nowhere.yaml does not exist"),
     ],

@@ -225,6 +225,7 @@ def test_several_seeds_show_the_pooled_numbers(tmp_path, synthetic):
     record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert [c["seeds"] for c in record["contrasts"]] == [[0, 1]] * len(record["contrasts"])
     assert {v["seed"] for v in record["variants"]} == {0, 1}
+    assert {s["n"] for s in record["spearman"].values()} == {3}  # not five: a second seed is no new model
 
 
 def test_the_paper_is_read_and_checked(tmp_path):

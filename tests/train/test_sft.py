@@ -459,6 +459,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, config_file, base):
         pytest.param({"sft": {"logging_strategy": "no"}}, "cannot be set: the first step", id="no-log"),
         pytest.param({"sft": {**SFT, "max_length": 12}}, "above sft.max_length = 12", id="would-be-cut"),
         pytest.param({"lora": {"r": 4, "target_modules": ["nope"]}}, "not found in the base model", id="no-such-layer"),
+        pytest.param({"lora": {**LORA, "bias": "xyz"}}, "xyz, is not implemented", id="unknown-bias"),
         pytest.param({"lora": None}, "'lora' is missing", id="no-lora"),
         pytest.param({"lora": {}}, "'lora' is missing", id="empty-lora"),
         pytest.param({"stage": " "}, "must not be empty", id="empty-stage"),
