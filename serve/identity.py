@@ -10,9 +10,9 @@ from typing import Any
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_files, sha256_json
 from candor.manifest import read_manifest
-from train.lineage import ADAPTER as ADAPTER_WEIGHTS
-from train.lineage import ADAPTER_CONFIG, base_sha
+from train.lineage import ADAPTER, ADAPTER_CONFIG, base_sha
 
+ADAPTER_WEIGHTS = ADAPTER
 # Where the base lay, and which library wrote the file, say nothing about what the adapter does.
 _PLACES = ("base_model_name_or_path", "revision", "peft_version")
 # What, beside the weights, turns a prompt's text into tokens and ends a reply.

@@ -33,6 +33,8 @@ def load_tokenizer(base: Path) -> Any:
     """The base model's tokenizer; UserError when it has no chat template or no end-of-turn token."""
     with loading("tokenizer", base):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of what it finds
+        raise UserError(f"{base}: its tokenizer has no vocabulary; tokenizer.json is missing. Complete the folder.")
     if not tokenizer.chat_template:
         raise UserError(f"{base}: its tokenizer has no chat template. Use an instruction-tuned model.")
     if tokenizer.eos_token_id is None:
@@ -97,7 +99,8 @@ def _merge_adapter(model: Any, base: Path, adapter: Path, tokenizer: Any) -> Any
             wrapped = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # sizes differ, no module has the named targets, the configuration is not a LoRA's, or the file is cut short
-        raise UserError(f"{adapter} does not fit the base model {base} ({type(error).__name__}): {str(error)[:600]}") from error
+        reason = f"{type(error).__name__}: {str(error)[:600]}"
+        raise UserError(f"{adapter} does not fit the base model {base}: {reason}") from error
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = str(base)  # PEFT compares vocabularies, and would ask the hub for the name's
     _check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)

@@ -80,13 +80,10 @@ class Vocabulary:
                 f"this one is {type(tokenizer).__name__}. Ask with mode: sampled instead."
             )
         alphabet = _byte_of_character()
-        added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
         tokens: list[bytes | None] = [None] * size
         for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))):
-            if i in added:
-                tokens[i] = added[i].encode()
-            elif piece is not None:
-                # the tokenizers library decodes a piece outside the alphabet as its own text
+            if piece is not None:
+                # the tokenizers library decodes a piece outside the alphabet as its own text, added tokens too
                 spelt = [alphabet.get(c) for c in piece]
                 tokens[i] = piece.encode() if None in spelt else bytes(b for b in spelt if b is not None)
         return cls(tokens, end_ids)

@@ -155,6 +155,14 @@ def test_a_damaged_base_is_told(base, tmp_path, damaged, message):
         TorchEngine(folder, None)
 
 
+def test_a_base_without_its_vocabulary_is_told(base, tmp_path):
+    folder = tmp_path / "empty"
+    shutil.copytree(base, folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="empty: its tokenizer has no vocabulary"):
+        TorchEngine(folder, None)
+
+
 def test_an_adapter_cut_short_is_told(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "cut")
     cut_short(tmp_path / "cut" / ADAPTER_WEIGHTS)

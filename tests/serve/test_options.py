@@ -85,6 +85,14 @@ def test_token_bytes_are_what_the_tokenizer_decodes(folder, request):
         assert tokenizer.decode(ids) == b"".join(text_of[i] for i in ids).decode("utf-8", "replace")
 
 
+def test_added_tokens_too_are_what_the_tokenizer_decodes(base):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["é", "<é>", "a é", "<\uff5cend\uff5c>"])
+    text_of = dict(Vocabulary.of(tokenizer, size=len(tokenizer), end_ids=[]).all())
+    for i in range(len(tokenizer) - 4, len(tokenizer)):
+        assert tokenizer.decode([i]) == text_of[i].decode("utf-8", "replace")
+
+
 def test_other_tokenizers_are_refused():
     class Slow:
         name_or_path = "slow"

@@ -482,6 +482,10 @@ def test_a_damaged_base_is_told(tmp_path, config_file, base):
         (cut / name).write_bytes((cut / name).read_bytes()[:100])
         with pytest.raises(UserError, match=f"the {what} cannot be loaded"):
             main([str(config_file(base_model=str(cut)))])
+    empty = Path(shutil.copytree(base, tmp_path / "empty"))
+    (empty / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer has no vocabulary"):
+        main([str(config_file(base_model=str(empty)))])
 
 
 def test_data_with_no_rows_or_a_long_row_are_refused(tmp_path, config_file):
