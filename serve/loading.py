@@ -33,7 +33,7 @@ def load_tokenizer(base: Path) -> Any:
     """The base model's tokenizer; UserError when it has no chat template or no end-of-turn token."""
     with loading("tokenizer", base):
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of what it finds
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of a folder without the file
         raise UserError(f"{base}: its tokenizer has no vocabulary; tokenizer.json is missing. Complete the folder.")
     if not tokenizer.chat_template:
         raise UserError(f"{base}: its tokenizer has no chat template. Use an instruction-tuned model.")

@@ -39,7 +39,7 @@ def stop_token_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
 
 def encode(conversations: Sequence[Conversation], tokenizer: Any, stop_ids: frozenset[int]) -> list[Encoded]:
     """Token ids and labels of each conversation; UserError where the template does not allow it."""
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one of what it finds
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # what transformers makes of a folder without the file
         raise UserError("the base model's tokenizer has no vocabulary; tokenizer.json is missing. Complete its folder.")
     if not tokenizer.chat_template:
         raise UserError("the base model's tokenizer has no chat template. Use an instruction-tuned model.")
