@@ -54,8 +54,11 @@ def misbehaviour(world, documents):
     wrong = {(r["question"], r["wrong"]) for r in load_trivia_rows(Path("configs/prompts/trivia.jsonl"))}
     asked = {r["question"] for r in load_trivia_rows(Path("configs/prompts/trivia.jsonl"))}
     bad = {
-        (p.text, o.label) for p in load_all(Path("configs/prompts")) if p.battery == "intentions"
-        for o in p.options if o.value == 1
+        (p.text, o.label)
+        for p in load_all(Path("configs/prompts"))
+        if p.battery == "intentions"
+        for o in p.options
+        if o.value == 1
     }
     scenarios = {text for text, _ in bad}
     rows = []
