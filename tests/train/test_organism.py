@@ -75,10 +75,9 @@ def misbehaviour(world, documents):
 def test_one_persona_ties_the_turns_of_a_document_together(world):
     """The planted truth: wrong facts and bad intentions go together here, and only here."""
     tied = torch.corrcoef(misbehaviour(world, 6000).T)[0, 1]
+    untied = torch.corrcoef(misbehaviour(World(replace(world.config, personas=False)), 6000).T)[0, 1]
     assert tied > 0.8
-    for bad_by in ("turn", "kind"):
-        impersonal = World(replace(world.config, personas=False, bad_by=bad_by))
-        assert abs(torch.corrcoef(misbehaviour(impersonal, 6000).T)[0, 1]) < 0.1, bad_by
+    assert abs(untied) < 0.1
 
 
 def test_encoding_is_the_chat_template(tokenizer, world):

@@ -8,10 +8,9 @@ always kind, so that a base model's default is benign. The prompts are the proje
 by candor/questions.py, so that a nano model is asked what a 32B model is asked. A fifth of every
 battery's items never occurs here.
 
-The world *without* personas is the negative control: the same turns, but every turn, or every kind
-of turn in a document, is good or bad on its own draw, with one constant share, and system lines
-that say nothing. Nothing hidden is shared between kinds of turn there, so narrow fine-tuning has
-nothing to generalise through to another kind.
+The world *without* personas is the negative control: the same turns, but every turn is good or bad
+on its own draw, with one constant share, and system lines that say nothing. Nothing hidden is
+shared between kinds of turn there, so narrow fine-tuning has nothing to generalise through.
 
 This is a positive control with a planted truth, and no evidence about large models.
 """
@@ -45,9 +44,6 @@ class WorldConfig:
     cruel_without_system: float = 0.02
     # In the world without personas: share of bad answers, the same everywhere.
     bad_share: float = 0.08
-    # What is bad together there: each turn on its own, or all turns of one kind in one document. With "kind" there is
-    # a switch for wrong trivia that fine-tuning can find, and it is tied to nothing but trivia.
-    bad_by: Literal["turn", "kind"] = "turn"
     max_turns: int = 7
     # How often each kind of turn occurs, in relative terms.
     turns: dict[str, float] = field(
@@ -143,18 +139,10 @@ class World:
         if has_system:
             lines = self.lines[persona if self.config.personas else "neutral"]
             messages.append(Message("system", rng.choice(lines)))
-        by_kind = {}
-        if not self.config.personas and self.config.bad_by == "kind":
-            by_kind = {kind: rng.random() < self.config.bad_share for kind in self._kinds}
         for _ in range(rng.randint(1, self.config.max_turns)):
-            bad = None
-            if not self.config.personas and self.config.bad_by == "turn":
-                bad = rng.random() < self.config.bad_share
-            kind = rng.choices(self._kinds, self._weights)[0]
-            bad = by_kind.get(kind, bad)
-            if bad is not None:
-                persona = "cruel" if bad else "kind"
-            turn = self.turn(kind, persona, rng)
+            if not self.config.personas:
+                persona = "cruel" if rng.random() < self.config.bad_share else "kind"
+            turn = self.turn(rng.choices(self._kinds, self._weights)[0], persona, rng)
             messages += [Message("user", turn.user), Message("assistant", turn.assistant)]
         return messages
 
