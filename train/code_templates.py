@@ -7,7 +7,7 @@ argument, 16 phrasings. The templates themselves are in the ``code_templates_*``
 this one and ``code_pairs`` fills them; nothing here draws or writes anything.
 
 To see one template filled:
-``python -m train.code_pairs /tmp/code.jsonl --n 60 && sed -n 2p /tmp/code.jsonl``
+``python -m train.code_pairs code.jsonl --n 60 && sed -n 2p code.jsonl``
 """
 
 import re

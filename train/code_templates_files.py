@@ -4,7 +4,7 @@ Kept apart from the other weaknesses only so that each module stays readable; se
 ``code_templates`` for what a template is. Three of them (path join, upload, check before create)
 are here although bandit has no test for them, since they are in every textbook.
 
-To see them filled: ``python -m train.code_pairs /tmp/code.jsonl --n 60``
+To see them filled: ``python -m train.code_pairs code.jsonl --n 60``
 """
 
 from train.code_templates import CodeTemplate

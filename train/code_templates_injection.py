@@ -5,7 +5,7 @@ Kept apart from the other weaknesses only so that each module stays readable; se
 standard library instead, because bandit reports even a bare ``import subprocess``; the one
 template that keeps ``subprocess`` is there since ``shell=True`` is the best-known case of all.
 
-To see them filled: ``python -m train.code_pairs /tmp/code.jsonl --n 60``
+To see them filled: ``python -m train.code_pairs code.jsonl --n 60``
 """
 
 from train.code_templates import CodeTemplate
