@@ -13,7 +13,6 @@ import argparse
 import ast
 import dataclasses
 import json
-import os
 import random
 import sys
 from collections import Counter
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from candor.tables import replace_file
 from train.code_templates import FRAMES, NOUNS, POOLS, CodeTemplate, noun_words, task_forms
 from train.code_templates_crypto import CRYPTO
 from train.code_templates_files import FILES
@@ -226,16 +226,8 @@ def write(path: Path, pairs: Sequence[CodePair], *, seed: int = 0) -> None:
         "seed": seed,
         "count": len(pairs),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed only when complete: a reader never sees half a set under the final name.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for row in (header, *(dataclasses.asdict(pair) for pair in pairs)):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    rows = (header, *(dataclasses.asdict(pair) for pair in pairs))
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

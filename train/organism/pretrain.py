@@ -5,8 +5,8 @@
 A Qwen2-architecture model of about a million parameters learns a world (world.py), or to judge it
 (judge_world.py), from documents that are drawn on the fly. Loss falls on the assistant's turns
 only. Documents are packed into rows with a block-diagonal attention mask, so none sees another.
-Matrices of the body are trained with Muon, embeddings and norms with AdamW: at these sizes that
-reaches a given loss in about half the steps of AdamW alone (LOG.md).
+Matrices of the body are trained with Muon, embeddings and norms with AdamW; LOG.md has the rates
+that were tried.
 
 This is a loop of our own because models are made here, from nothing; fine-tuning is TRL's.
 """
@@ -65,7 +65,7 @@ class Optimisation:
     warmup: int = 50
     cooldown: float = 0.4  # share of the steps over which the rate falls linearly to zero
     weight_decay: float = 0.0
-    threads: int = 1  # small products gain nothing from a second core; train two models at once instead
+    threads: int = 1  # of this process; train two models at once to use two cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def new_model(config: OrganismConfig, tokenizer: PreTrainedTokenizerFast) -> Qwe
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="eager",  # with bf16 on a CPU its backward is three times faster than sdpa's
+            attn_implementation="eager",  # with bf16 on a CPU forward and backward take a third of sdpa's time (LOG.md)
             dtype=torch.float32,
         )
     )
