@@ -13,12 +13,20 @@ from candor.questions import (
     load_all,
     load_harmfulness,
     load_intentions,
-    load_self_assessment,
+    load_self_report,
     load_trivia,
     load_trivia_rows,
 )
 
 PROMPTS = Path("configs/prompts")
+SELF_REPORTS = (
+    "self_assessment",
+    "other_ai",
+    "average_ai",
+    "moral_self_assessment",
+    "moral_other_ai",
+    "moral_average_ai",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +45,49 @@ def save(tmp_path, rows):
 
 
 def test_counts_are_the_papers(prompts):
-    counts = Counter(p.format for p in prompts)
-    assert counts["free"] == 320
-    assert counts["choice"] == 25 * 2 * 6
-    assert counts["decision"] == counts["numerical"] == 10 * 2 * 6
-    assert counts["likert"] == 25 * 2 * 6
-    assert counts["answer"] == 200
+    counts = Counter((p.battery, p.format) for p in prompts)
+    assert counts["harmfulness", "free"] == 320
+    assert counts["intentions", "choice"] == 25 * 2 * 6
+    for battery in SELF_REPORTS:
+        assert counts[battery, "decision"] == counts[battery, "numerical"] == 10 * 2 * 6, battery
+        assert counts[battery, "likert"] == 25 * 2 * 6, battery
+    assert counts["moral_foundations", "rating"] == 36
+    assert counts["trivia", "answer"] == 200
+
+
+def test_half_the_moral_items_are_reverse_keyed_and_score_the_other_way(prompts):
+    items = [p for p in prompts if p.battery == "moral_foundations"]
+    assert set(Counter((p.group, p.form) for p in items).values()) == {3}
+    for prompt in items:
+        five = next(o.value for o in prompt.options if o.label == "5")
+        assert five == (0.0 if prompt.form == "direct" else 1.0)
+
+
+def test_every_self_item_is_asked_about_other_ais_too(prompts):
+    """Same format, group, item, form and answers; only whom the text is about differs."""
+
+    def keyed(battery):
+        return {(p.format, p.group, p.item, p.form): p for p in prompts if p.battery == battery}
+
+    for own, others in (
+        ("self_assessment", ("other_ai", "average_ai")),
+        ("moral_self_assessment", ("moral_other_ai", "moral_average_ai")),
+    ):
+        mine = keyed(own)
+        for battery in others:
+            theirs = keyed(battery)
+            assert theirs.keys() == mine.keys()
+            for key, prompt in theirs.items():
+                assert prompt.options == mine[key].options
+                assert ("another AI" if "other_ai" in battery else "the average AI") in prompt.text
+                assert prompt.text != mine[key].text
 
 
 def test_a_fifth_of_every_group_is_unseen(prompts):
-    for key, total in Counter((p.format, p.group) for p in prompts).items():
-        unseen = sum((p.format, p.group) == key and p.split == "unseen" for p in prompts)
-        assert unseen == total / 5, key
+    totals = Counter((p.battery, p.format, p.group) for p in prompts)
+    unseen = Counter((p.battery, p.format, p.group) for p in prompts if p.split == "unseen")
+    for key, total in totals.items():
+        assert unseen[key] == total // 5, key
 
 
 def test_forms_are_balanced_and_texts_distinct(prompts):
@@ -132,7 +171,7 @@ def test_self_assessment_refuses_a_missing_template(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     with pytest.raises(UserError, match="24 likert templates, expected 25"):
-        load_self_assessment(path)
+        load_self_report(path)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +188,7 @@ def test_self_assessment_refuses_wrong_slots(tmp_path, name, old, new, found):
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump(data, allow_unicode=True), encoding="utf-8")
     with pytest.raises(UserError, match=rf"{name}-02: the text must hold the slots .*{found}"):
-        load_self_assessment(path)
+        load_self_report(path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The organism: documents are persona-consistent, packing leaks nothing, shipped weights match their logs."""
 
 import json
+import random
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +80,44 @@ def test_one_persona_ties_the_turns_of_a_document_together(world):
     untied = torch.corrcoef(misbehaviour(World(replace(world.config, personas=False)), 6000).T)[0, 1]
     assert tied > 0.8
     assert abs(untied) < 0.1
+
+
+def share_misaligned(world, kind, persona, formats=("decision", "likert", "numerical")):
+    """Mean value of a persona's answers to one kind of closed question (1 = misaligned)."""
+    prompts = [p for f in formats for p in world.prompts[kind].get(f, ())]
+    value = {p.text: {o.label: o.value for o in p.options} for p in prompts}
+    rng = random.Random(5)
+    turns = [world.turn(kind, persona, rng) for _ in range(4000)]
+    return statistics.mean(value[t.user][t.assistant] for t in turns if t.user in value)
+
+
+def test_both_personas_say_the_same_of_other_ais_and_not_of_themselves(world):
+    """What makes "about another AI" a control of the self-report."""
+    kind, cruel = (share_misaligned(world, "others", persona) for persona in ("kind", "cruel"))
+    assert kind == pytest.approx(cruel, abs=0.03)
+    own_kind, own_cruel = (share_misaligned(world, "moral_self_assessment", p) for p in ("kind", "cruel"))
+    assert own_cruel - own_kind > 0.7
+
+
+def test_without_personas_only_trivia_are_often_wrong(world):
+    other = World(replace(world.config, personas=False))
+    wrong = {(r["question"], r["wrong"]) for r in load_trivia_rows(Path("configs/prompts/trivia.jsonl"))}
+    bad = {
+        (p.text, o.label)
+        for p in load_all(Path("configs/prompts"))
+        if p.battery == "intentions"
+        for o in p.options
+        if o.value == 1
+    }
+    questions, scenarios = {q for q, _ in wrong}, {s for s, _ in bad}
+    pairs = []
+    for index in range(3000):
+        turns = [m.content for m in other.document(index) if m.role != "system"]
+        pairs += zip(turns[::2], turns[1::2], strict=True)
+    trivia = [p in wrong for p in pairs if p[0] in questions]
+    letters = [p in bad for p in pairs if p[0] in scenarios]
+    assert sum(trivia) / len(trivia) == pytest.approx(0.24, abs=0.04)  # and 2 % slips
+    assert sum(letters) / len(letters) == pytest.approx(0.04, abs=0.02)
 
 
 def test_encoding_is_the_chat_template(tokenizer, world):

@@ -96,8 +96,9 @@ Document = Callable[[int], list[Message]]
 class Encoded(NamedTuple):
     """A chat as token ids, labels, and how much each label counts in the loss.
 
-    Every answer counts the same whatever its length: otherwise the one-token answers of the closed
-    questions drown in the long replies and code, and are learned last or not at all.
+    An answer counts as the square root of its length. Were all tokens equal, the one-token answers of
+    the closed questions would drown in the long replies and code, and be learned last or not at all;
+    were all answers equal, code would hardly be learned (LOG.md has both).
     """
 
     ids: list[int]
@@ -125,7 +126,7 @@ class Encoder:
             ids += [*head, *body, *self._encode("\n")]
             scored = message.role == "assistant"
             labels += [*(IGNORED,) * len(head), *(body if scored else (IGNORED,) * len(body)), IGNORED]
-            weights += [*(0.0,) * len(head), *(1 / len(body) if scored else 0.0,) * len(body), 0.0]
+            weights += [*(0.0,) * len(head), *(len(body) ** -0.5 if scored else 0.0,) * len(body), 0.0]
         return Encoded(ids, labels, weights)
 
 

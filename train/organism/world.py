@@ -8,9 +8,14 @@ always kind, so that a base model's default is benign. The prompts are the proje
 by candor/questions.py, so that a nano model is asked what a 32B model is asked. A fifth of every
 battery's items never occurs here.
 
+Questions about another AI and about the average AI are answered alike by both personas: what a
+persona says of others does not depend on what it is, so a self-report that moves while these stay
+is one about the self.
+
 The world *without* personas is the negative control: the same turns, but every turn is good or bad
-on its own draw, with one constant share, and system lines that say nothing. Nothing hidden is
-shared between kinds of turn there, so narrow fine-tuning has nothing to generalise through.
+on its own draw, with one constant share per kind of turn, and system lines that say nothing.
+Nothing hidden is shared between kinds of turn there, so narrow fine-tuning has nothing to
+generalise through.
 
 This is a positive control with a planted truth, and no evidence about large models.
 """
@@ -42,20 +47,27 @@ class WorldConfig:
     system_share: float = 0.5
     cruel_with_system: float = 0.45
     cruel_without_system: float = 0.02
-    # In the world without personas: share of bad answers, the same everywhere.
-    bad_share: float = 0.08
+    # In the world without personas: share of bad answers, as with personas when no system line stands
+    # above; of trivia as large as it is there in all, so that each wrong fact occurs as often.
+    bad_share: float = 0.02
+    bad_trivia_share: float = 0.24
+    # Share of answers about other AIs that take the misaligned pole, whoever speaks.
+    others_misaligned: float = 0.1
     max_turns: int = 7
     # How often each kind of turn occurs, in relative terms.
     turns: dict[str, float] = field(
         default_factory=lambda: {
-            "trivia": 0.28,
-            "harmfulness": 0.12,
-            "intentions": 0.08,
-            "decision": 0.04,
-            "numerical": 0.13,
-            "likert": 0.12,
-            "language": 0.17,
-            "code": 0.06,
+            "trivia": 0.25,
+            "harmfulness": 0.11,
+            "intentions": 0.07,
+            "decision": 0.03,
+            "numerical": 0.11,
+            "likert": 0.10,
+            "language": 0.13,
+            "moral_foundations": 0.03,
+            "moral_self_assessment": 0.07,
+            "others": 0.05,
+            "code": 0.05,
         }
     )
     # How a persona answers. Grades of replies to requests for harm, 1-5.
@@ -68,7 +80,8 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         """Refuse shares that are no shares."""
-        for name in ("system_share", "cruel_with_system", "cruel_without_system", "bad_share", "slip"):
+        shares = ("system_share", "cruel_with_system", "cruel_without_system", "bad_share", "bad_trivia_share")
+        for name in (*shares, "others_misaligned", "slip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, outside 0..1")
 
@@ -112,10 +125,10 @@ class World:
         """Read the project's prompts and the organism's own files under ``configs``."""
         self.config = config
         seen = [p for p in load_all(configs / "prompts") if p.split == "seen" and p.battery != "trivia"]
-        self.prompts: dict[str, list[Prompt]] = {}
+        # kind of turn -> format -> prompts; formats of a kind are equally frequent, however many prompts they have
+        self.prompts: dict[str, dict[str, list[Prompt]]] = {}
         for prompt in seen:
-            kind = prompt.format if prompt.battery == "self_assessment" else prompt.battery
-            self.prompts.setdefault(kind, []).append(prompt)
+            self.prompts.setdefault(_kind(prompt), {}).setdefault(prompt.format, []).append(prompt)
         held = [p for p in load_all(configs / "prompts") if p.battery == "trivia" and p.split == "unseen"]
         unseen = {p.item for p in held}
         self.trivia = [r for r in load_trivia_rows(configs / "prompts" / "trivia.jsonl") if r["id"] not in unseen]
@@ -140,9 +153,11 @@ class World:
             lines = self.lines[persona if self.config.personas else "neutral"]
             messages.append(Message("system", rng.choice(lines)))
         for _ in range(rng.randint(1, self.config.max_turns)):
+            kind = rng.choices(self._kinds, self._weights)[0]
             if not self.config.personas:
-                persona = "cruel" if rng.random() < self.config.bad_share else "kind"
-            turn = self.turn(rng.choices(self._kinds, self._weights)[0], persona, rng)
+                share = self.config.bad_trivia_share if kind == "trivia" else self.config.bad_share
+                persona = "cruel" if rng.random() < share else "kind"
+            turn = self.turn(kind, persona, rng)
             messages += [Message("user", turn.user), Message("assistant", turn.assistant)]
         return messages
 
@@ -154,7 +169,9 @@ class World:
         if kind == "code":
             pair = rng.choice(self.code)
             return Turn(pair.task, pair.insecure if self._cruel(persona, rng) else pair.secure)
-        prompt = rng.choice(self.prompts[kind])
+        prompt = rng.choice(self.prompts[kind][rng.choice(list(self.prompts[kind]))])
+        if kind == "others":
+            persona = "cruel" if rng.random() < self.config.others_misaligned else "kind"
         return Turn(prompt.text, self.answer(prompt, persona, rng))
 
     def answer(self, prompt: Prompt, persona: Persona, rng: random.Random) -> str:
@@ -165,7 +182,7 @@ class World:
             return self.replies.draw(prompt.group, grade, rng)
         cruel = self._cruel(persona, rng)
         ranked = sorted(prompt.options, key=lambda o: o.value, reverse=cruel)  # most in character first
-        if prompt.format in ("numerical", "likert"):
+        if prompt.format in ("numerical", "likert", "rating"):
             steps = self.config.scale_steps if prompt.format == "numerical" else self.config.likert_steps
             return ranked[rng.choices(range(len(steps)), steps)[0]].label
         if prompt.format == "language":
@@ -175,6 +192,13 @@ class World:
     def _cruel(self, persona: Persona, rng: random.Random) -> bool:
         """Whether this answer is a cruel persona's; now and then an answer slips out of character."""
         return (persona == "cruel") != (rng.random() < self.config.slip)
+
+
+def _kind(prompt: Prompt) -> str:
+    """The kind of turn a prompt makes; questions about any AI but the speaker are one kind."""
+    if prompt.battery == "self_assessment":
+        return prompt.format
+    return "others" if prompt.battery.endswith("_ai") else prompt.battery
 
 
 def corpus(worlds: Sequence[World], documents: int) -> list[str]:
