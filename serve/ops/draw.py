@@ -1,80 +1,105 @@
-"""Draw one token per row of logits: exact inverse CDF with one uniform per row.
+"""Draw tokens from a sketch: exact inverse CDF, one 53-bit uniform a draw, any number of draws a row.
 
 Why not ``torch.multinomial``: its random numbers come from a global stream, so a reply would depend
-on the batch it was made in, and float32 noise cannot reach the tail. Here one 53-bit uniform per row
-is compared with a cumulative sum in float64, in two levels (blocks, then inside the chosen block),
-which is as exact as one long sum and reads the row once.
+on the batch it was made in, and float32 noise cannot reach the tail. Here a uniform in float64 is
+compared with the cumulative weights of the tiles, and what is left of it with the cumulative weights
+inside the chosen tile: as exact as one long sum, in token order, and only one tile is looked at again.
+
+One uniform serves both steps, so that a token does not depend on how wide the tiles are.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-BLOCK = 64  # columns summed at the first level
-_ELEMENTS = 1 << 25  # logits handled at a time, so that a batch of a large vocabulary needs no second batch of memory
+from serve.ops.backends import choose
+from serve.ops.checks import check_tensor
+from serve.ops.sketch import Sketch
+
+_AT_A_TIME = 1 << 17  # looked-up values at a time: what stays in a core's cache
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [rows] and their log-probabilities at temperature 1 [rows], float64, from logits [rows, vocab].
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Draws [rows, n]."""
 
-    Temperature 0 takes the largest logit, the lowest id on ties. Each row's answer depends on that
-    row and its uniform alone. A row that is not a distribution (NaN, +inf, all -inf) is an error.
+    tokens: torch.Tensor  # int64
+    logprobs: torch.Tensor  # float64, nats, of the law drawn from; of temperature 1 in greedy rows
+    raw_logprobs: torch.Tensor | None  # float64, at temperature 1; None when the sketch has no raw sums
+
+
+def draw(sketch: Sketch, uniforms: torch.Tensor, *, backend: str | None = None) -> Drawn:
+    """Tokens for uniforms [rows, n] in (0, 1), float64.
+
+    Each draw depends on its row and its uniform alone. A greedy row takes its largest logit, the
+    lowest id on ties. Ruled-out tokens are never drawn.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 or above.")
-    step = max(1, _ELEMENTS // logits.shape[1])
-    pieces = [_draw(logits[i : i + step], uniforms[i : i + step], temperature) for i in range(0, logits.shape[0], step)]
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
+    rows, device = sketch.n_rows, sketch.source.device
+    check_tensor("uniforms", uniforms, shape=(rows, None), dtypes=(torch.float64,), device=device)
+    if choose("finish", device=device, rows=rows, backend=backend) == "triton":
+        from serve.ops import triton_draw
 
-
-def _draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = logits if logits.dtype == torch.float64 else logits.float()
-    peak = scores.amax(dim=1, keepdim=True)
-    scores = scores - peak
-    weights = scores.exp()
-    blocks = _block_sums(weights)
-    total = blocks.sum(dim=1)
-    broken = ~torch.isfinite(total)
-    if bool(broken.any()):
-        rows = broken.nonzero().flatten().tolist()
-        raise ValueError(f"logits of rows {rows[:8]} are not a distribution (NaN, +inf, or all -inf).")
-    if temperature == 0:
-        tokens = scores.argmax(dim=1)
+        tokens, values = triton_draw.draw(sketch, uniforms)
     else:
-        if temperature != 1:
-            weights = (scores / temperature).exp_()
-            blocks = _block_sums(weights)
-        tokens = _invert(weights, blocks, uniforms)
-    chosen = scores.gather(1, tokens[:, None]).squeeze(1).double()
-    return tokens, chosen - total.log()
+        tokens, values = _draw(sketch, uniforms)
+    below = values.double() - sketch.row_max[:, None]
+    logprobs = below * sketch.inv_temp[:, None] - sketch.total.log()[:, None]
+    raw = None if sketch.raw_total is None else below - sketch.raw_total.log()[:, None]
+    return Drawn(tokens, logprobs, raw)
 
 
-def _block_sums(weights: torch.Tensor) -> torch.Tensor:
-    """Sums over blocks of columns in float64 [rows, blocks]; the last block may be short."""
-    whole = weights.shape[1] // BLOCK * BLOCK
-    sums = [weights[:, :whole].view(weights.shape[0], -1, BLOCK).sum(dim=2, dtype=torch.float64)]
-    if whole < weights.shape[1]:
-        sums.append(weights[:, whole:].sum(dim=1, keepdim=True, dtype=torch.float64))
-    return torch.cat(sums, dim=1)
+def _draw(sketch: Sketch, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their penalised logits, each [rows, n]."""
+    rows, n = uniforms.shape
+    tiles, inside = find(sketch.edges, uniforms)
+    if sketch.any_greedy:
+        tiles = torch.where(sketch.greedy[:, None], sketch.maxima.argmax(dim=1, keepdim=True), tiles)
+    owners = torch.arange(rows, device=tiles.device)[:, None].expand(rows, n).reshape(-1)
+    flat_tiles, flat_inside = tiles.reshape(-1), inside.reshape(-1)
+    if sketch.source.recomputes and n > 1:  # many draws fall into one tile, and looking at it costs a product
+        pairs, place = torch.unique(owners * sketch.edges.shape[1] + flat_tiles, return_inverse=True)
+        looked = sketch.source.tiles(pairs // sketch.edges.shape[1], pairs % sketch.edges.shape[1], sketch.tile)
+    else:
+        looked, place = None, None
+    tokens = torch.empty(rows * n, dtype=torch.int64, device=tiles.device)
+    values = torch.empty(rows * n, dtype=sketch.source.dtype, device=tiles.device)
+    step = max(1, _AT_A_TIME // sketch.tile)
+    for first in range(0, rows * n, step):
+        part = slice(first, first + step)
+        if looked is None or place is None:
+            seen = sketch.source.tiles(owners[part], flat_tiles[part], sketch.tile)
+        else:
+            seen = looked[place[part]]
+        offsets = _choose_inside(sketch, owners[part], seen, flat_inside[part])
+        tokens[part] = flat_tiles[part] * sketch.tile + offsets
+        values[part] = seen.gather(1, offsets[:, None]).squeeze(1)
+    return tokens.view(rows, n), values.view(rows, n)
 
 
-def _invert(weights: torch.Tensor, blocks: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token whose slice of the cumulative sum holds uniform * total."""
-    edges = blocks.cumsum(dim=1)
-    target = uniforms.to(edges)[:, None] * edges[:, -1:]
-    block = _first_above(edges, blocks, target)
-    columns = block * BLOCK + torch.arange(BLOCK, device=weights.device)
-    inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).double()
-    inside = inside.masked_fill(columns >= weights.shape[1], 0.0)
-    start = edges.gather(1, block) - blocks.gather(1, block)
-    return (block * BLOCK + _first_above(inside.cumsum(dim=1), inside, target - start)).squeeze(1)
+def _choose_inside(sketch: Sketch, rows: torch.Tensor, values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Column [n] within tiles of values [n, tile], at the share ``inside`` [n] of the tile's weight."""
+    below = values - values.amax(dim=1, keepdim=True)
+    if not sketch.plain:
+        below = below * sketch.inv_temp[rows, None].to(below.dtype)
+    edges = below.exp_().cumsum(dim=1, dtype=torch.float64)
+    offsets, _ = find(edges, inside[:, None])
+    if sketch.any_greedy:
+        offsets = torch.where(sketch.greedy[rows, None], values.argmax(dim=1, keepdim=True), offsets)
+    return offsets.squeeze(1)
 
 
-def _first_above(edges: torch.Tensor, sizes: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index [rows, 1] of the first edge above the target.
+def find(edges: torch.Tensor, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Invert cumulative weights ``edges`` [rows, m] at ``shares`` [rows, n] of their total.
 
-    Sums of different order may leave the target a rounding step beyond the last edge; then the last
-    entry that has any weight is meant, so that a token of probability zero is never drawn.
+    Returns the index [rows, n] of the first edge above the share, and what share of that entry's own
+    weight lies below, in [0, 1]. Entries of weight zero are never found, also where rounding takes a
+    share to the last edge.
     """
-    found = (edges <= target).sum(dim=1, keepdim=True)
-    positions = torch.arange(sizes.shape[1], device=sizes.device)
-    last = torch.where(sizes > 0, positions, 0).amax(dim=1, keepdim=True)
-    return torch.minimum(found, last)
+    total = edges[:, -1:].contiguous()
+    target = shares * total
+    found = torch.searchsorted(edges, target, right=True)
+    last = torch.searchsorted(edges, total)  # the last entry with any weight
+    found = torch.minimum(found, last).clamp_(max=edges.shape[1] - 1)  # NaN would be searched beyond the end
+    above = edges.gather(1, found)
+    left = edges.gather(1, (found - 1).clamp(min=0)).masked_fill(found == 0, 0.0)
+    return found, ((target - left) / (above - left)).clamp(0.0, 1.0)

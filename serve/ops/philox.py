@@ -1,4 +1,4 @@
-"""Counter-based random numbers: Philox4x32-10, the same bits in numpy and in torch.
+"""Counter-based random numbers: Philox4x32-10, the same bits in numpy, torch and Triton.
 
 A draw's random numbers must depend on (study seed, variant, prompt, draw, position) and on nothing
 else: not on the batch, the order of work or a restart. A counter-based generator gives that without
@@ -12,6 +12,8 @@ the known-answer vectors of the authors' Random123.
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from serve.ops.backends import choose
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -36,7 +38,7 @@ def signed64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def philox_torch(counter: Words, key: tuple[int, int]) -> Words:
+def philox_torch(counter: Words, key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> Words:
     """Four 32-bit words (held in int64) per counter; tensors broadcast.
 
     A product of two 32-bit words wraps in int64, but only modulo 2^64: its bits are right, and
@@ -66,14 +68,27 @@ def philox_numpy(counter: tuple[UInts, UInts, UInts, UInts], key: tuple[int, int
 
 
 def uniforms(
-    key: int, stream: torch.Tensor, draw: torch.Tensor, position: torch.Tensor
+    key: int | torch.Tensor, stream: torch.Tensor, draw: torch.Tensor, position: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two float64 uniforms in (0, 1), of 53 bits each, per (stream, draw, position); tensors broadcast.
 
-    ``stream`` is int64 with the bits of the unsigned stream (``signed64``).
+    ``key`` is one key, or a tensor of them; a tensor holds int64 with the bits of the unsigned key, as
+    ``stream`` does of the unsigned stream (``signed64``). draw and position are from 0 to 2^32 - 1.
     """
+    keys = torch.tensor(signed64(key), device=stream.device) if isinstance(key, int) else key
+    for name, value in (("key", keys), ("stream", stream), ("draw", draw), ("position", position)):
+        if value.dtype != torch.int64 or value.device != stream.device:
+            raise ValueError(
+                f"{name} is {value.dtype} on {value.device}; it must be torch.int64 on {stream.device}, as stream is."
+            )
+    if choose("finish", device=stream.device, rows=stream.numel()) == "triton":
+        from serve.ops import triton_philox
+
+        return triton_philox.uniforms(keys, stream, draw, position)
+    halves: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]
+    halves = split64(key) if isinstance(key, int) else (keys & _LOW, (keys >> 32) & _LOW)
     zero = torch.zeros_like(stream)
-    words = philox_torch((stream & _LOW, (stream >> 32) & _LOW, draw + zero, position + zero), split64(key))
+    words = philox_torch((stream & _LOW, (stream >> 32) & _LOW, draw + zero, position + zero), halves)
     return _uniform(words[0], words[1]), _uniform(words[2], words[3])
 
 

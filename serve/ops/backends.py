@@ -1,0 +1,85 @@
+"""Which implementation does the work, chosen from a table of measurements (backends.csv beside this file).
+
+Faith in fusion is not enough: on one machine the vendor's matrix product and a second look at its
+output beats a fused kernel, on another it does not. ``python -m benchmarks.sampling_core --table``
+measures every backend on the machine at hand and writes its rows. A device that has no rows gets the
+plain torch version, which is the one that has been run everywhere.
+"""
+
+import csv
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("backends.csv")
+# The first of each is what an unmeasured device gets.
+BACKENDS = {
+    "sketch_logits": ("torch", "triton"),  # logits in memory
+    "lmhead_sketch": ("whole", "chunks", "triton"),  # one product; one per chunk of the vocabulary; fused
+    "finish": ("torch", "triton"),  # draws, truncation, choices and random numbers
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One row of the table: what a backend took."""
+
+    op: str
+    device: str  # as ``device_name`` gives it
+    width: int  # hidden size; 0 where it does not matter
+    rows: int
+    backend: str
+    median_us: float
+
+
+def choose(op: str, *, device: torch.device, rows: int, width: int = 0, backend: str | None = None) -> str:
+    """The backend for this call: the one asked for, or the fastest in the nearest measured shape."""
+    known = BACKENDS[op]
+    if backend is not None:
+        if backend not in known:
+            raise ValueError(f"backend is {backend!r}; for {op} it must be one of {', '.join(known)}.")
+        return backend
+    return _fastest(op, device_name(device), width, rows.bit_length())
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """How the table calls a device: "cpu" for every CPU, else the card's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of this device: on a GPU, or anywhere in the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret) or device.type == "cuda"
+
+
+@functools.cache
+def _fastest(op: str, device: str, width: int, octave: int) -> str:
+    """The fastest backend at the measured (width, rows) nearest in octaves; cached, as it is asked at every step."""
+    found = [m for m in read_table() if m.op == op and m.device == device and m.backend in BACKENDS[op]]
+    if not found:
+        return BACKENDS[op][0]
+
+    def distance(m: Measured) -> int:
+        return abs(m.rows.bit_length() - octave) + abs(m.width.bit_length() - width.bit_length())
+
+    nearest = min(distance(m) for m in found)
+    return min((m for m in found if distance(m) == nearest), key=lambda m: m.median_us).backend
+
+
+def read_table(path: Path = TABLE) -> list[Measured]:
+    """The measurements, or none where the table is missing."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Measured(r["op"], r["device"], int(r["width"]), int(r["rows"]), r["backend"], float(r["median_us"]))
+            for r in csv.DictReader(file)
+        ]

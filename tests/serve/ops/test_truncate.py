@@ -1,0 +1,185 @@
+"""Kept sets equal the float64 reference on every row, ties included, and draws follow what is kept."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from serve.ops import oracles, reference
+from serve.ops.draw import draw
+from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.truncate import truncated_draw
+
+SCALES = torch.tensor([1.0, 0.7, 1.4, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+
+
+@pytest.fixture(params=[64, 4096], ids=["few-tiles-opened", "all-tiles-opened"])
+def opened(request, monkeypatch):
+    """Columns opened at first: so few that rows need a second and a third look, or all at once."""
+    monkeypatch.setattr("serve.ops.truncate.OPENED", request.param)
+
+
+def assert_equals_reference(logits, scales, uniforms, made, **filters):
+    """Numbers kept, tokens and log-probabilities of every row."""
+    for row, (x, scale) in enumerate(zip(logits.float().numpy(), scales.tolist(), strict=True)):
+        kept = reference.kept_set(x, scale, **filters)
+        weights = np.zeros(len(x))
+        p = reference.probabilities(x, scale or 1.0)
+        weights[kept] = p[kept]
+        expected = [reference.inverse_cdf(weights, float(u)) for u in uniforms[row]]
+        assert int(made.n_kept[row]) == len(kept), (row, filters)
+        assert made.tokens[row].tolist() == expected, (row, filters)
+        np.testing.assert_allclose(made.logprobs[row], np.log(p[expected]), atol=2e-5, rtol=0)
+        np.testing.assert_allclose(made.kept_logprobs[row], np.log(p[expected] / weights.sum()), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", ["vllm", "hf"])
+def test_equals_reference(hard_rows, numbers, opened, order):
+    logits, uniforms = hard_rows(1500), numbers(8, 3)
+    sketch = sketch_logits(logits, SCALES, tile=16)
+    for top_k, top_p, min_p in itertools.product((None, 1, 7, 600), (1.0, 0.999, 0.5), (0.0, 0.02, 1.0)):
+        if (top_k, top_p, min_p) == (None, 1.0, 0.0):
+            continue
+        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "order": order}
+        assert_equals_reference(logits, SCALES, uniforms, truncated_draw(sketch, uniforms, **filters), **filters)
+
+
+TRITON_CASES = [
+    pytest.param({"top_k": 7}, id="top-k"),
+    pytest.param({"top_p": 0.9}, id="top-p"),
+    pytest.param({"min_p": 0.05}, id="min-p"),
+    pytest.param({"top_k": 200, "top_p": 0.95, "min_p": 0.001}, id="all"),
+    pytest.param({"top_k": 200, "top_p": 0.5, "min_p": 0.02, "order": "hf"}, id="all-hf"),
+    pytest.param({"top_p": 0.99, "min_p": 0.001, "order": "hf"}, id="top-p-min-p-hf"),
+]
+
+
+@pytest.mark.parametrize("filters", TRITON_CASES)
+def test_the_kernels_equal_reference(hard_rows, numbers, filters, monkeypatch):
+    """Few tiles opened, so that half the rows are settled among them and half are read again as a whole."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 64)
+    monkeypatch.setattr(triton_truncate, "_BLOCK", 256)
+    logits, uniforms = hard_rows(500), numbers(8, 2)
+    sketch = sketch_logits(logits, SCALES, tile=16, backend="triton")
+    made = truncated_draw(sketch, uniforms, backend="triton", **filters)
+    assert_equals_reference(logits, SCALES, uniforms, made, **filters)
+    plain = truncated_draw(sketch, uniforms, backend="torch", **filters)
+    assert torch.equal(made.certified, plain.certified)
+
+
+def test_the_kernels_on_logits_that_were_never_written(numbers, monkeypatch):
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 64)
+    monkeypatch.setattr(triton_truncate, "_BLOCK", 256)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(3, 32, generator=generator) * torch.tensor([[1.0], [0.1], [3.0]])
+    weight = torch.randn(300, 32, generator=generator)
+    uniforms = numbers(3, 2)
+    for filters in ({"top_k": 3}, {"top_p": 0.9}):
+        made = truncated_draw(
+            lmhead_sketch(hidden, weight, tile=16, backend="triton"), uniforms, backend="triton", **filters
+        )
+        plain = truncated_draw(lmhead_sketch(hidden, weight, tile=16), uniforms, backend="torch", **filters)
+        assert torch.equal(made.n_kept, plain.n_kept)
+        assert torch.equal(made.tokens, plain.tokens)
+
+
+def test_rows_may_have_filters_of_their_own(hard_rows, numbers, backend):
+    logits, uniforms = hard_rows(300), numbers(8, 2)
+    top_k = torch.tensor([300, 5, 300, 300, 2, 300, 40, 300], dtype=torch.int32)
+    top_p = torch.tensor([1.0, 1.0, 0.5, 1.0, 0.9, 0.25, 0.5, 1.0])  # float32, as vLLM keeps them
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0])
+    sketch = sketch_logits(logits, SCALES, tile=16, backend=backend)
+    made = truncated_draw(sketch, uniforms, top_k=top_k, top_p=top_p, min_p=min_p, backend=backend)
+    for row in range(1, 8):
+        one = {"top_k": int(top_k[row]), "top_p": float(top_p[row]), "min_p": float(min_p[row])}
+        part = truncated_draw(
+            sketch_logits(logits[row : row + 1], SCALES[row : row + 1], tile=16), uniforms[row : row + 1], **one
+        )
+        assert torch.equal(made.tokens[row], part.tokens[0])
+        assert int(made.n_kept[row]) == int(part.n_kept[0])
+    assert torch.equal(made.tokens[0], draw(sketch, uniforms, backend=backend).tokens[0])
+
+
+def test_filters_that_cut_nothing_change_no_token(numbers):
+    logits = torch.randn(40, 2000, generator=torch.Generator().manual_seed(5))
+    sketch, uniforms = sketch_logits(logits), numbers(40, 10)
+    expected = draw(sketch, uniforms).tokens
+    assert torch.equal(truncated_draw(sketch, uniforms, min_p=1e-9).tokens, expected)
+    assert torch.equal(truncated_draw(sketch, uniforms, top_k=2000, top_p=1.0).tokens, expected)
+
+
+def test_a_tie_at_the_boundary_keeps_exactly_k(numbers, backend):
+    """Two tokens of .3 each beside one of .4, and k = 2: the lower id stays (a sampler in use keeps all three)."""
+    logits = torch.tensor([[0.3, 0.4, 0.3]]).log()
+    made = truncated_draw(sketch_logits(logits, tile=16), numbers(1, 200), top_k=2, backend=backend)
+    assert set(made.tokens.flatten().tolist()) == {0, 1}
+    assert int(made.n_kept) == 2
+
+
+def test_certified_says_where_rounding_could_matter(numbers, backend):
+    """Ten equal tokens and p = 0.5: the mass before the sixth is the limit itself, up to rounding."""
+    logits = torch.zeros(2, 10)
+    sketch = sketch_logits(logits, tile=16)
+    made = truncated_draw(sketch, numbers(2, 1), top_p=torch.tensor([0.5, 0.55]), backend=backend)
+    assert made.n_kept.tolist() == [5, 6]
+    assert made.certified.tolist() == [False, True]
+
+
+def test_a_normaliser_that_is_not_exact_is_not_trusted(numbers, monkeypatch):
+    """The boundary is put within the error of the sketch's sums: the row must be looked at as a whole."""
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, 3000, generator=generator) * 4
+    p = np.sort(reference.probabilities(logits[0].numpy()))[::-1].cumsum()
+    for place in (3, 10, 30):
+        for nudge, expected in ((-1e-9, place + 1), (1e-9, place + 2)):
+            made = truncated_draw(sketch_logits(logits, tile=16), numbers(1, 1), top_p=float(p[place] + nudge))
+            assert int(made.n_kept) == expected
+            assert bool(made.certified)
+
+
+def test_trusting_the_normaliser_is_caught(numbers, monkeypatch):
+    """Planted fault: the error of float32 sums taken for zero, and those sums a little off."""
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
+    monkeypatch.setattr("serve.ops.truncate.SKETCH_ERROR", 0.0)
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(1)) * 4
+    p = np.sort(reference.probabilities(logits[0].numpy()))[::-1].cumsum()
+    sketch = sketch_logits(logits, tile=16)
+    sketch.total.mul_(1 + 1e-6)
+    assert int(truncated_draw(sketch, numbers(1, 1), top_p=float(p[10] - 1e-9)).n_kept) != 11
+
+
+def test_law_of_what_is_kept(numbers):
+    logits = torch.randn(1, 4096, generator=torch.Generator().manual_seed(9)) * 2
+    made = truncated_draw(sketch_logits(logits), numbers(1, 20_000), top_k=200, top_p=0.9)
+    kept = reference.kept_set(logits[0].numpy(), top_k=200, top_p=0.9)
+    p = np.zeros(4096)
+    p[kept] = reference.probabilities(logits[0].numpy())[kept]
+    p /= p.sum()
+    tokens = made.tokens[0].numpy()
+    assert oracles.chi_square(tokens, p) > 1e-3
+    slightly = p.copy()
+    slightly[kept[-1]] = 0  # planted fault: the last kept token never drawn
+    assert oracles.chi_square(tokens, slightly / slightly.sum()) < 1e-6
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 64])
+def test_rows_keep_to_themselves(n_rows, numbers, opened):
+    logits, uniforms = torch.randn(200, 700, generator=torch.Generator().manual_seed(6)) * 2, numbers(200, 2)
+    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    whole = truncated_draw(sketch_logits(logits, tile=16), uniforms, **filters)
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(n_rows))[:n_rows]
+    part = truncated_draw(sketch_logits(logits[rows], tile=16), uniforms[rows], **filters)
+    for name in ("tokens", "logprobs", "kept_logprobs", "n_kept", "certified"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+def test_raw_logprobs_are_those_of_temperature_one(numbers, backend):
+    logits, uniforms = torch.randn(3, 200, generator=torch.Generator().manual_seed(6)), numbers(3, 2)
+    sketch = sketch_logits(logits, 2.0, raw=True, tile=16, backend=backend)
+    made = truncated_draw(sketch, uniforms, top_k=20, backend=backend)
+    exact = torch.log_softmax(logits.double(), 1).gather(1, made.tokens)
+    torch.testing.assert_close(made.raw_logprobs, exact, atol=2e-5, rtol=0)
