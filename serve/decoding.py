@@ -13,6 +13,7 @@ import torch
 
 from serve.ops.draw import draw
 from serve.ops.philox import signed64, uniforms
+from serve.ops.sketch import sketch_logits
 from serve.prefill import Prefilled, usable_logits
 
 KEEP_SHARE = 0.8  # the batch is made smaller when fewer of its rows than this are still going
@@ -65,7 +66,7 @@ def decode(
     position, logits = start.lengths[prompt], start.logits[prompt]
     batch = torch.arange(len(rows), device=device)  # the reply each row of the batch belongs to
     for step in range(max_tokens):
-        drawn, logprob = draw(logits, numbers.at(step)[batch], temperature)
+        drawn, logprob = _draw(logits, numbers.at(step)[batch], temperature)
         going = ~ended[batch]
         alive = batch[going]
         tokens[alive, step] = drawn[going]
@@ -88,6 +89,14 @@ def decode(
         )
         logits = usable_logits(output.logits[:, -1], banned)
     return Sequences(tokens.cpu(), lengths.tolist(), ended.tolist(), logprobs.tolist())
+
+
+def _draw(logits: torch.Tensor, numbers: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row of logits [rows, vocab], and its log-probability at temperature 1."""
+    sketch = sketch_logits(logits, 1.0 / temperature if temperature else 0.0, raw=True)
+    drawn = draw(sketch, numbers[:, None])
+    assert drawn.raw_logprobs is not None
+    return drawn.tokens[:, 0], drawn.raw_logprobs[:, 0]
 
 
 class _Numbers:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from candor.errors import UserError
 from candor.rows import Option
 
 
@@ -28,8 +29,8 @@ class Reply:
 
     text: str
     n_tokens: int
-    finish_reason: str  # "stop" or "length"
-    logprob: float  # of the whole reply at temperature 1, end-of-turn token included, natural log
+    finish_reason: str  # see candor.rows.Sample
+    logprob: float | None  # of the whole reply at temperature 1, end-of-turn token included, natural log
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,15 @@ class OptionScores:
     probabilities: tuple[float, ...]
     leftover: float
     unexplored: float
+    method: str = "exact"  # see candor.rows.Distribution
+
+
+class Unanswered(UserError):
+    """An endpoint stayed silent on some draws; the others are here to be kept."""
+
+    def __init__(self, message: str, replies: list[list[Reply | None]]) -> None:
+        super().__init__(message)
+        self.replies = replies
 
 
 class Engine(Protocol):
@@ -52,7 +62,7 @@ class Engine(Protocol):
         """Replies per request, in order. ``key`` is the 64-bit hash of (study seed, variant, purpose).
 
         temperature 0 takes the most probable token. Raises UserError for a prompt that does not
-        fit the model's context.
+        fit the model's context, and Unanswered where an endpoint gave some replies and not all.
         """
         ...
 
@@ -63,5 +73,12 @@ class Engine(Protocol):
         one of the option's surfaces and what follows does not continue the word; every tokenisation
         of it is counted. This is the very rule by which sampled replies are parsed
         (``serve.options.parse``), so that sampling and scoring agree.
+        """
+        ...
+
+    def token_logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Natural-log probabilities of each sequence's tokens from ``start`` on, each given those before it.
+
+        This is what serve/attest.py compares with PEFT's; an engine without weights raises UserError.
         """
         ...

@@ -36,6 +36,11 @@ def weights_sha(base: Path, adapter: Path | None) -> str:
     return sha256_json([base_sha(base), own])
 
 
+def hosted_sha(engine: Any) -> str:
+    """What can be told of a hosted variant: where it is asked and what it is called there, not its weights."""
+    return sha256_json(["hosted", engine.api.endpoint.url, engine.api.model])
+
+
 def _check_lineage(base: Path, adapter: Path) -> None:
     """An adapter that train.sft made must be the one its manifest names, and go on the base it was trained on.
 

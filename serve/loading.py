@@ -1,8 +1,10 @@
 """Load a base model, put an adapter on it, and prove that the adapter acts.
 
-The adapter is merged into the weights in float32, so that serving costs nothing extra and rounding
-happens once, at the end. An adapter that does not fit the base is refused: PEFT itself only warns of
-tensors it misses, and drops silently those it has no place for. So is one that changes nothing, for
+In float32 and above the adapter is merged into the weights, so that serving costs nothing extra. In
+bfloat16 it stays beside them, as it was trained: a weight keeps 8 bits there, and a small adapter
+merged into it would be rounded away, wholly or in part, after having passed every check. An adapter
+that does not fit the base is refused: PEFT itself only warns of tensors it misses, and drops
+silently those it has no place for. So is one that changes nothing in the model as it is served, for
 instance one saved before training or loaded under names that no module has.
 """
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from candor.chat import TEMPLATE_OPTIONS
 from candor.errors import UserError
 from serve.identity import ADAPTER_WEIGHTS, read_adapter_config
 from train.lineage import loading
@@ -45,25 +48,37 @@ def load_tokenizer(base: Path) -> Any:
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one user turn in the model's own chat template, up to where the reply begins."""
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False, **TEMPLATE_OPTIONS
     )
     return [int(i) for i in ids]
+
+
+def decode_replies(tokenizer: Any, bodies: list[list[int]]) -> list[str]:
+    """Texts of replies, given without the token that ended them.
+
+    Special tokens other than the end stay visible: dropping them would join what they part.
+    """
+    texts = tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [str(t) for t in texts]
+
+
+def load_plain(base: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A base model as it is, on the CPU."""
+    disable_progress_bar()  # else every load writes a bar to stderr, terminal or not
+    with loading("base model", base):
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True).eval()
 
 
 def load_model(base: Path, adapter: Path | None, tokenizer: Any, *, device: str, dtype: str) -> Any:
     """The model of a variant, ready to serve; UserError when its adapter does not fit or does not act."""
     _check_device(device)
-    disable_progress_bar()  # else every load writes a bar to stderr, terminal or not
     final = DTYPES[dtype]
-    first = final if adapter is None else torch.promote_types(final, torch.float32)
-    with loading("base model", base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=first, local_files_only=True).eval()
-    if adapter is not None:
-        model = _merge_adapter(model, base, adapter, tokenizer)
-    model = model.to(dtype=final, device=device).eval()
+    model = load_plain(base, final)
     if final == torch.bfloat16:
         _widen_head(model)
-    return model.requires_grad_(False)
+    if adapter is not None:
+        model = _put_on(model, base, adapter, tokenizer, merge=final != torch.bfloat16)
+    return model.to(device=device).eval().requires_grad_(False)
 
 
 def _check_device(device: str) -> None:
@@ -86,16 +101,31 @@ def canary_logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
     return [model(input_ids=ids).logits.double() for ids in prompts]
 
 
-def _merge_adapter(model: Any, base: Path, adapter: Path, tokenizer: Any) -> Any:
-    """The model with the adapter merged into its weights."""
+def _put_on(model: Any, base: Path, adapter: Path, tokenizer: Any, *, merge: bool) -> Any:
+    """The model with the adapter merged into its weights, or beside them."""
+    before = canary_logits(model, tokenizer)
+    wrapped = load_unmerged(model, base, adapter)
+    served = wrapped.merge_and_unload(safe_merge=False) if merge else wrapped.get_base_model()
+    after = canary_logits(served, tokenizer)
+    effect = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+    if not effect >= SMALLEST_EFFECT:  # written so that NaN is refused too
+        raise UserError(
+            f"{adapter} changes nothing in {base}: the largest difference of a logit over "
+            f"{len(CANARY_PROMPTS)} prompts is {effect:.3g}, below {SMALLEST_EFFECT:g}. It was not trained, "
+            f"is not the adapter you mean, or is too small for {str(model.dtype).removeprefix('torch.')}."
+        )
+    return served
+
+
+def load_unmerged(model: Any, base: Path, adapter: Path) -> Any:
+    """PEFT's model of a base and an adapter, which must fit each other tensor by tensor; UserError otherwise."""
     # peft takes seconds to import and base models do without
     from peft import PeftModel, get_peft_model_state_dict
 
     read_adapter_config(adapter)
-    before = canary_logits(model, tokenizer)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors it only warns; _check_tensors refuses
+            warnings.simplefilter("ignore")  # of missing tensors it only warns; check_tensors refuses
             wrapped = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         # sizes differ, no module has the named targets, the configuration is not a LoRA's, or the file is cut short
@@ -103,20 +133,11 @@ def _merge_adapter(model: Any, base: Path, adapter: Path, tokenizer: Any) -> Any
         raise UserError(f"{adapter} does not fit the base model {base}: {reason}") from error
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = str(base)  # PEFT compares vocabularies, and would ask the hub for the name's
-    _check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)
-    merged = wrapped.merge_and_unload(safe_merge=False)
-    after = canary_logits(merged, tokenizer)
-    effect = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
-    if not effect >= SMALLEST_EFFECT:  # written so that NaN is refused too
-        raise UserError(
-            f"{adapter} changes nothing in {base}: the largest difference of a logit over "
-            f"{len(CANARY_PROMPTS)} prompts is {effect:.3g}, below {SMALLEST_EFFECT:g}. It was not trained, "
-            "or is not the adapter you mean."
-        )
-    return merged
+    check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)
+    return wrapped.eval()
 
 
-def _check_tensors(expected: set[str], base: Path, adapter: Path) -> None:
+def check_tensors(expected: set[str], base: Path, adapter: Path) -> None:
     """UserError unless the adapter's file holds exactly the tensors that this base has places for."""
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         found = set(file.keys())

@@ -63,6 +63,11 @@ class Node:
     child_prefixes: tuple[bytes, ...]  # the bytes spelt after each of them
     child_unfinished: NDArray[np.bool_]  # whether those end inside a character after a finished spelling
 
+    @property
+    def n_values(self) -> int:
+        """How many numbers serve.walk.values_of gives for it."""
+        return len(self.settled_by_mask) + len(self.settled_by_ids) + len(self.child_ids)
+
 
 class OptionTrie:
     """Every way to spell the options of one kind of question in one vocabulary."""

@@ -1,23 +1,26 @@
 """From what was asked to units of work: which prompts, in which batches, under which names.
 
 A unit is a fixed list of prompts asked in one way. Its batch composition never changes, so a rerun
-on the same machine makes the same bits, and its name is a hash of everything that decides its
-answers, so that answers of another variant, engine or wording are never taken for its own.
+on the same machine makes the same bits. Every answer has an id, a hash of everything that decides
+it, so that answers of another variant, engine or wording are never taken for its own.
 """
 
+import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from candor.config import plain
 from candor.errors import UserError, nearest
-from candor.hashing import hash64, sha256_json
+from candor.hashing import hash64, sha256_bytes
 from candor.questions import prompt_sha
 from candor.rows import Prompt
 from serve.config import Ask, SampleConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Identity:
     """What, beside prompts and the way of asking, decides an answer."""
 
@@ -32,6 +35,11 @@ class Identity:
         """The random-number key of every draw of this variant in this study."""
         return hash64("sample", self.study_seed, self.variant)
 
+    @functools.cached_property
+    def text(self) -> str:
+        """All of it as JSON; written once, since every id of every draw is a hash over it."""
+        return json.dumps(plain(self), sort_keys=True, ensure_ascii=False)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -40,11 +48,10 @@ class Unit:
     ask: Ask
     prompts: tuple[Prompt, ...]
     prompt_shas: tuple[str, ...]
-    name: str  # of its shard
 
     @property
     def n_rows(self) -> int:
-        """Rows its shard holds: replies, or one distribution per prompt."""
+        """Rows it makes: replies, or one distribution per prompt."""
         return len(self.prompts) * self.ask.n
 
 
@@ -55,48 +62,94 @@ def stream_of(sha: str) -> int:
 
 def sample_id(identity: Identity, ask: Ask, sha: str, draw: int) -> str:
     """Hash of everything that produced a reply: not ``ask.n``, so that more draws leave the earlier ones' ids alone."""
-    return sha256_json([plain(identity), sha, ask.temperature, ask.max_tokens, draw])
+    rest = json.dumps([sha, ask.temperature, ask.max_tokens, draw])
+    return sha256_bytes(f"[{identity.text}, {rest[1:]}".encode())
+
+
+def row_ids(unit: Unit, identity: Identity) -> list[str]:
+    """The ids of a unit's rows in order: of its replies prompt by prompt, or of its prompts' distributions."""
+    if unit.ask.mode == "exact":
+        return list(unit.prompt_shas)  # the store is of one identity
+    return [sample_id(identity, unit.ask, sha, draw) for sha in unit.prompt_shas for draw in range(unit.ask.n)]
 
 
 def engine_identity(config: SampleConfig) -> dict[str, Any]:
-    """The engine settings that can move a bit of an answer; the number of threads is the machine's affair."""
-    return {k: v for k, v in plain(config.engine).items() if k != "threads"}
+    """The engine settings that can move a bit of an answer; how many threads or requests run is no such thing."""
+    return config.engine.identity()
 
 
-def plan_units(prompts: Sequence[Prompt], config: SampleConfig, identity: Identity) -> list[Unit]:
+def is_asked(prompt: Prompt, ask: Ask) -> bool:
+    """Whether an entry of ``ask`` is about this prompt. In patterns, ``*`` stands for any characters, "/" too."""
+    if prompt.format != ask.format or ask.battery not in (None, prompt.battery):
+        return False
+    return not ask.only or any(fnmatchcase(prompt.prompt_id, pattern) for pattern in ask.only)
+
+
+def settle(prompts: Sequence[Prompt], asks: Sequence[Ask]) -> list[list[Prompt]]:
+    """For each entry the prompts it decides: where several sample a prompt alike, the one with most draws.
+
+    Entries for several purposes may overlap; draws are numbered, so the longest list of draws holds
+    the shorter ones. Raises UserError where overlapping entries would cut replies at different lengths.
+    """
+    decided: list[list[Prompt]] = [[] for _ in asks]
+    for prompt in prompts:
+        ways: dict[tuple[str, float], int] = {}
+        for i, ask in enumerate(asks):
+            if not is_asked(prompt, ask):
+                continue
+            first = ways.setdefault((ask.mode, ask.temperature), i)
+            if ask.max_tokens != asks[first].max_tokens:
+                raise UserError(
+                    f"{prompt.prompt_id} is to be sampled with max_tokens {asks[first].max_tokens} and "
+                    f"{ask.max_tokens}; give entries of ask that overlap the same max_tokens."
+                )
+            if ask.n > asks[first].n:
+                ways[ask.mode, ask.temperature] = i
+        for i in ways.values():
+            decided[i].append(prompt)
+    return decided
+
+
+def plan_units(prompts: Sequence[Prompt], config: SampleConfig) -> list[Unit]:
     """Every unit of work, in the order of ``ask`` and of the prompts' file.
 
-    Raises UserError for a format without prompts, a closed question without options, or two prompts
+    Raises UserError for an entry without prompts, a closed question without options, or two prompts
     that ask the same.
     """
     if not prompts:
         raise UserError(f"{config.prompts} holds no prompts. Make the file anew.")
     _refuse_same(prompts)
-    units = []
     for ask in config.ask:
-        asked = [p for p in prompts if p.format == ask.format]
-        if not asked:
-            raise UserError(
-                f"{config.prompts} holds no prompt of format {ask.format!r}; "
-                f"{nearest(ask.format, {p.format for p in prompts})}"
-            )
-        if ask.mode == "exact":
-            without = [p.prompt_id for p in asked if not p.options]
-            if without:
-                raise UserError(
-                    f"{config.prompts}: {len(without)} prompts of format {ask.format!r} have no options, "
-                    f"the first is {without[0]!r}. Ask this format with mode: sampled."
-                )
-        for first in range(0, len(asked), config.engine.unit_prompts):
-            units.append(_unit(ask, asked[first : first + config.engine.unit_prompts], identity))
-    return units
+        _check_ask(ask, prompts, config)
+    return [
+        _unit(ask, asked[first : first + config.engine.unit_prompts])
+        for ask, asked in zip(config.ask, settle(prompts, config.ask), strict=True)
+        for first in range(0, len(asked), config.engine.unit_prompts)
+    ]
 
 
-def _unit(ask: Ask, prompts: list[Prompt], identity: Identity) -> Unit:
-    shas = tuple(prompt_sha(p) for p in prompts)
-    decides = [plain(identity), plain(ask), [[p.prompt_id, s] for p, s in zip(prompts, shas, strict=True)]]
-    kind = "distributions" if ask.mode == "exact" else "samples"
-    return Unit(ask, tuple(prompts), shas, f"{kind}-{sha256_json(decides)[:20]}")
+def _check_ask(ask: Ask, prompts: Sequence[Prompt], config: SampleConfig) -> None:
+    """UserError for an entry that is about no prompt, or about open ones where options are needed."""
+    asked = [p for p in prompts if is_asked(p, ask)]
+    if not asked:
+        formats, batteries = {p.format for p in prompts}, {p.battery for p in prompts if p.format == ask.format}
+        what, hint = f"format {ask.format!r}", nearest(ask.format, formats)
+        if ask.format in formats and ask.battery not in (None, *batteries):
+            what, hint = f"{what} of battery {ask.battery!r}", nearest(str(ask.battery), batteries)
+        elif ask.format in formats:
+            example = next(p.prompt_id for p in prompts if p.format == ask.format)
+            what, hint = f"{what} with an id like {' or '.join(ask.only)}", f"an id there is {example!r}."
+        raise UserError(f"{config.prompts} holds no prompt of {what}; {hint}")
+    without = [p.prompt_id for p in asked if not p.options]
+    if ask.mode == "exact" and without:
+        raise UserError(
+            f"{config.prompts}: {len(without)} prompts of format {ask.format!r} have no options, "
+            f"the first is {without[0]!r}. Ask this format with mode: sampled."
+        )
+
+
+def _unit(ask: Ask, prompts: list[Prompt]) -> Unit:
+    return Unit(ask, tuple(prompts), tuple(prompt_sha(p) for p in prompts))
 
 
 def _refuse_same(prompts: Sequence[Prompt]) -> None:

@@ -1,9 +1,8 @@
-"""Engines by name. A new engine (vllm, api) is a module and one entry here."""
+"""Engines by name. Each lives in a module of its own, imported only when it is asked for."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from candor.errors import UserError, nearest
+from candor.errors import UserError
 from serve.config import EngineConfig
 from serve.engine import Engine
 
@@ -18,11 +17,27 @@ def _open_torch(config: EngineConfig, base: Path, adapter: Path | None) -> Engin
     return TorchEngine(base, adapter, device=config.device, dtype=config.dtype, batch_tokens=config.batch_tokens)
 
 
-_OPENERS: dict[str, Callable[[EngineConfig, Path, Path | None], Engine]] = {"torch": _open_torch}
+def _open_vllm(config: EngineConfig, base: Path, adapter: Path | None, n_rows: int | None) -> Engine:
+    from serve.vllm_engine import open_vllm
+
+    return open_vllm(config, base, adapter, n_rows=n_rows)
 
 
-def open_engine(config: EngineConfig, base: Path, adapter: Path | None) -> Engine:
-    """The engine that the configuration names, with one variant loaded."""
-    if config.name not in _OPENERS:
-        raise UserError(f"engine.name is {config.name!r}; {nearest(config.name, _OPENERS)}")
-    return _OPENERS[config.name](config, base, adapter)
+def _open_api(config: EngineConfig) -> Engine:
+    from serve.api_engine import ApiEngine
+
+    return ApiEngine(config)
+
+
+def open_engine(config: EngineConfig, base: Path | None, adapter: Path | None, *, n_rows: int | None = None) -> Engine:
+    """The engine that the configuration names, with one variant loaded.
+
+    ``n_rows`` is how much work is coming, where it is known; an engine may serve much of it in another way.
+    """
+    if config.api is not None:
+        return _open_api(config)
+    if base is None:
+        raise UserError(f"engine {config.name} needs the folder of a base model.")
+    if config.name == "vllm":
+        return _open_vllm(config, base, adapter, n_rows)
+    return _open_torch(config, base, adapter)

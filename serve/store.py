@@ -1,83 +1,395 @@
-"""The sample store: each unit of work becomes one shard, and finished shards are merged into tables.
+"""The sample store: rows under the hash of what produced them, in files that are written once.
 
-A process may be killed at any moment. A shard is written whole or not at all, so a rerun keeps every
-shard that is there and makes the missing ones. A shard that cannot be read, or holds other rows than
-its unit's, is set aside as ``*.bad`` and said so, never mended or trusted.
+    python -m serve.store verify RUN     # every file read and checked; exit status 2 when something is wrong
+    python -m serve.store stats RUN      # what is there, and what conflicts
+    python -m serve.store compact RUN    # many small files into one, what killed writers left removed
+
+RUN is any folder with stores below it. A store lies beside a variant's tables, in
+``store/IDENTITY/``: one folder per (weights, text, engine, variant, study seed), so that rows of a
+changed adapter, template or seed are never even looked at. A file (shard) is named by the ids of its
+rows. It is written under a temporary name and renamed, and never changed afterwards. Compaction
+writes one shard of all rows and then deletes those it read, so that at every moment each row lies in
+some file. That is all there is to it: any number of processes on any machines may add, read and
+compact at the same time without a lock, and any of them may be killed.
+
+A shard that cannot be read, or whose rows are not those its name says, is set aside as ``*.bad`` and
+said so, never mended or trusted.
 """
 
+import functools
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from candor.errors import UserError
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from candor.config import plain
+from candor.errors import UserError, nearest, run_script
+from candor.hashing import sha256_json
 from candor.rows import Distribution, Sample
-from candor.tables import iter_rows, read_rows, write_rows
-from serve.plan import Identity, Unit, sample_id
+from candor.tables import ROWS_PER_GROUP, as_table, replace_file, schema_of, write_tables
+from serve.attest import compare_records
+from serve.plan import Identity
 
-SAMPLES, DISTRIBUTIONS = "samples.parquet", "distributions.parquet"
+STORE = "store"
+IDENTITY = "identity.json"
+STALE_SECONDS = 3600.0  # writing a file takes seconds; a temporary file this old belongs to a process that was killed
+_TRIES = 20  # readings of a folder that others keep compacting
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of rows."""
+
+    name: str  # begins the names of its shards
+    row_type: type
+    id_column: str  # identifies a row within a store
+
+
+SAMPLED = Kind("samples", Sample, "sample_id")
+EXACT = Kind("distributions", Distribution, "prompt_sha")
+KINDS = (SAMPLED, EXACT)
+SAMPLES, DISTRIBUTIONS = (f"{kind.name}.parquet" for kind in KINDS)  # the tables made from a store
 
 
 class Store:
-    """The folder of one variant's answers."""
+    """The rows of one identity."""
 
-    def __init__(self, folder: Path, identity: Identity) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
+        """A store that is there, or a place for one; ``open_store`` is the usual way in."""
         self.folder = folder
-        self.shards = folder / "shards"
-        self._identity = identity
+        self.name = name  # of the identity: what its rows' weights and variant must be
+        self._known: dict[tuple[Path, int, int], Shard] = {}  # by file: two may carry one name after another
 
-    def path(self, unit: Unit) -> Path:
-        """Where a unit's shard lies."""
-        return self.shards / f"{unit.name}.parquet"
+    def add(self, kind: Kind, rows: Sequence[Any]) -> Path:
+        """Write rows as one shard."""
+        return self.add_tables(kind, [as_table(kind.row_type, rows)])
 
-    def has(self, unit: Unit) -> bool:
-        """Whether the unit is done; a damaged or foreign shard is set aside and counts as not done."""
-        path = self.path(unit)
+    def add_tables(self, kind: Kind, tables: Sequence[pa.Table]) -> Path:
+        """Write pieces of arrow as one shard, named by all their ids."""
+        path = _shard_path(self.folder, kind, (t.column(kind.id_column).to_pylist() for t in tables))
+        if not path.exists():  # equal ids: the same rows
+            write_tables(path, kind.row_type, tables)
+        return path
+
+    def index(self, kind: Kind) -> "Index":
+        """What is stored now. A damaged or foreign file is set aside and does not count."""
+        shards = []
+        for path in sorted(self.folder.glob(f"{kind.name}-*.parquet")):
+            try:
+                stat = path.stat()
+                file = (path, stat.st_ino, stat.st_mtime_ns)
+                if file not in self._known:
+                    self._known[file] = _read_shard(path, kind, self.name)
+            except FileNotFoundError:
+                continue  # compacted by another process; the next reading finds its rows
+            except UserError as error:
+                _set_aside(path, str(error))
+                continue
+            shards.append(self._known[file])
+        return Index(kind, shards)
+
+    def gather(self, kind: Kind, wanted: Iterable[Sequence[str]]) -> Iterator[pa.Table]:
+        """The rows with these ids, a list of ids at a time, in that order; all must be there.
+
+        A shard that another process has compacted or ordered anew meanwhile is looked for again.
+        """
+        index = self.index(kind)
+        for ids in wanted:
+            for attempt in range(_TRIES):
+                missing = ids if attempt == _TRIES - 1 else index.missing(ids)
+                try:
+                    if not missing:
+                        yield index.gather(ids)
+                        break
+                except (FileNotFoundError, Moved):
+                    pass
+                index = self.index(kind)
+            else:
+                raise UserError(
+                    f"{self.folder} lost rows while they were read ({len(index.missing(ids))} of {len(ids)}). "
+                    "Was a file deleted? Run the same command again."
+                )
+
+    def compact(self, kind: Kind, first: Iterable[Sequence[str]] = ()) -> int:
+        """One shard of all rows, those of ``first`` in front in that order; how many files went.
+
+        Equal ids are equal draws, so of several rows with one id the first is kept.
+        """
+        index = self.index(kind)
+        if len(index.shards) < 2:
+            return 0
+        order = [ids for ids in first if not index.missing(ids)]
+        done = {i for ids in order for i in ids}
+        for shard in index.shards:
+            try:
+                rest = [i for i in _ids(shard.path, kind) if i not in done]
+            except FileNotFoundError:
+                return 0  # another process compacts; it will do
+            done.update(rest)
+            order += [rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP)]
+        order = [ids for ids in order if ids]
+        path = _shard_path(self.folder, kind, order)
         if not path.exists():
+            write_tables(path, kind.row_type, self.gather(kind, order))
+        gone = [s.path for s in index.shards if s.path != path]
+        for old in gone:
+            old.unlink(missing_ok=True)
+        return len(gone)
+
+    def clear(self) -> None:
+        """Remove what killed writers left half written."""
+        for path in self.folder.glob(".*.tmp"):
+            remove_if_stale(path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """A file of the store: eight bytes of each row's id, and how many rows each of its row groups has."""
+
+    path: Path
+    keys: NDArray[np.uint64]
+    group_starts: NDArray[np.int64]
+
+
+class Moved(Exception):
+    """Two processes compacted the same rows in different orders, and the later file took the earlier one's name."""
+
+
+class Index:
+    """Where each stored row lies; some twenty bytes a row."""
+
+    def __init__(self, kind: Kind, shards: Sequence[Shard]) -> None:
+        self.kind, self.shards = kind, list(shards)
+        keys = np.concatenate([s.keys for s in shards]) if shards else np.empty(0, np.uint64)
+        shard = np.repeat(np.arange(len(shards)), [len(s.keys) for s in shards])
+        row = np.concatenate([np.arange(len(s.keys)) for s in shards]) if shards else np.empty(0, np.int64)
+        self._keys, first = np.unique(keys, return_index=True)  # the first of equal ids
+        self._shard, self._row = shard[first].astype(np.int64), row[first].astype(np.int64)
+        self._group = functools.lru_cache(maxsize=4)(self._read_group)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """Those of the ids that are not stored."""
+        keys = keys_of(ids)
+        place = np.searchsorted(self._keys, keys)
+        found = np.zeros(len(keys), dtype=bool)
+        inside = place < len(self._keys)
+        found[inside] = self._keys[place[inside]] == keys[inside]
+        return [i for i, there in zip(ids, found, strict=True) if not there]
+
+    def gather(self, ids: Sequence[str]) -> pa.Table:
+        """The rows with these ids, which must be stored, in that order.
+
+        FileNotFoundError when a shard is gone, Moved when another with the same rows took its place.
+        """
+        place = np.searchsorted(self._keys, keys_of(ids))
+        shard, row = self._shard[place], self._row[place]
+        group = np.array(
+            [np.searchsorted(self.shards[s].group_starts, r, side="right") - 1 for s, r in zip(shard, row, strict=True)]
+        )
+        pieces, order = [], []
+        for s, g in sorted(set(zip(shard.tolist(), group.tolist(), strict=True))):
+            here = np.flatnonzero((shard == s) & (group == g))
+            pieces.append(self._group(s, g).take(pa.array(row[here] - self.shards[s].group_starts[g])))
+            order.append(here)
+        table = pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(order))))
+        if table.column(self.kind.id_column).to_pylist() != list(ids):
+            raise Moved
+        return table
+
+    def _read_group(self, shard: int, group: int) -> pa.Table:
+        path = self.shards[shard].path
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read_row_group(group)
+
+
+def open_store(answers: Path, identity: Identity) -> Store:
+    """The store of an identity beside the tables in ``answers``, made if need be."""
+    values = plain(identity)
+    name = sha256_json(values)
+    store = Store(answers / STORE / name[:16], identity.weights_sha)
+    path = store.folder / IDENTITY
+    if not path.is_file():
+        replace_file(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+    return store
+
+
+def keys_of(ids: Sequence[str]) -> NDArray[np.uint64]:
+    """Eight bytes of each id, a hex sha256; that 320,000 of them hold an equal pair has probability 3e-9."""
+    return np.array([int(i[:16], 16) for i in ids], dtype=np.uint64)
+
+
+class ShardName:
+    """The file name that rows with some ids have, whatever their order; grows with the ids added."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind, self._n, self._total = kind, 0, 0
+
+    def add(self, ids: Iterable[str]) -> None:
+        """Count these ids in."""
+        for i in ids:
+            self._n, self._total = self._n + 1, self._total + int(i, 16)
+
+    @property
+    def value(self) -> str:
+        """The name for the ids added so far."""
+        return f"{self._kind.name}-{sha256_json([self._n, self._total % (1 << 256)])[:24]}.parquet"
+
+
+def _shard_path(folder: Path, kind: Kind, ids: Iterable[Sequence[str]]) -> Path:
+    name = ShardName(kind)
+    for some in ids:
+        name.add(some)
+    return folder / name.value
+
+
+def _ids(path: Path, kind: Kind) -> list[str]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return [str(i) for batch in file.iter_batches(columns=[kind.id_column]) for i in batch.column(0).to_pylist()]
+
+
+def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
+    """A shard's keys; UserError when it is damaged or not what its name says."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow.names != schema_of(kind.row_type).names:
+                raise UserError(f"its columns are not those of {kind.row_type.__name__} rows")
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            name, keys = ShardName(kind), [np.empty(0, np.uint64)]
+            for batch in file.iter_batches(columns=[kind.id_column, "weights_sha"]):
+                name.add(batch.column(0).to_pylist())
+                keys.append(keys_of(batch.column(0).to_pylist()))
+                if set(batch.column(1).to_pylist()) - {weights}:
+                    raise UserError("it holds rows of other weights")
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"it cannot be read ({str(error)[:200]})") from error
+    found = np.concatenate(keys)
+    if name.value != path.name or len(np.unique(found)) < len(found):
+        raise UserError(f"it holds {len(found)} rows, not those it was written with")
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if sizes else np.zeros(1, np.int64)
+    return Shard(path, found, starts)
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(path.name + ".bad")
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return  # another process was first
+    sys.stderr.write(f"{path} set aside as {aside.name} and made anew when needed: {reason}\n")
+
+
+def remove_if_stale(path: Path) -> bool:
+    """Remove a temporary file that no living process can still be writing; whether it went."""
+    try:
+        if time.time() - path.stat().st_mtime < STALE_SECONDS:
             return False
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def stores_below(run: Path) -> list[Store]:
+    """Every store in a folder; UserError when there is none."""
+    found = []
+    for path in sorted(run.rglob(f"{STORE}/*/{IDENTITY}")):
         try:
-            trouble = self._trouble(unit)
-        except UserError as error:
-            trouble = str(error)
-        if trouble:
-            aside = path.with_suffix(".parquet.bad")
-            path.replace(aside)
-            sys.stderr.write(f"{path} set aside as {aside.name} and made anew: {trouble}\n")
-        return not trouble
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            values = None
+        if sha256_json(values)[:16] != path.parent.name:
+            raise UserError(f"{path} was changed: its hash is not its folder's name. Restore it, or delete the folder.")
+        found.append(Store(path.parent, values["weights_sha"]))
+    if not found:
+        raise UserError(f"no sample store below {run} (looked from {Path.cwd()}). Give a run's folder.")
+    return found
 
-    def write_samples(self, unit: Unit, rows: Sequence[Sample]) -> None:
-        """Write a sampled unit's shard."""
-        write_rows(self.path(unit), Sample, rows)
 
-    def write_distributions(self, unit: Unit, rows: Sequence[Distribution]) -> None:
-        """Write an exact unit's shard."""
-        write_rows(self.path(unit), Distribution, rows)
+def verify(store: Store) -> list[str]:
+    """What is wrong in a store, in words: files set aside, pages that fail their checksum, ids with unequal rows."""
+    troubles = [f"{p}: set aside earlier; delete it when its rows are not needed" for p in store.folder.glob("*.bad")]
+    for kind in KINDS:
+        for path in sorted(store.folder.glob(f"{kind.name}-*.parquet")):
+            try:
+                _read_shard(path, kind, store.name)
+                with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                    for _ in file.iter_batches():
+                        pass
+            except (UserError, OSError, pa.ArrowException) as error:
+                troubles.append(f"{path}: {error}")
+        troubles += [f"{store.folder}: {kind.name} {i} was made twice and differs" for i in _conflicts(store, kind)]
+    return troubles
 
-    def merge(self, units: Sequence[Unit]) -> dict[str, int]:
-        """Write both tables from the shards, in the order of the units; how many rows each got."""
-        sampled = [self.path(u) for u in units if u.ask.mode == "sampled"]
-        exact = [self.path(u) for u in units if u.ask.mode == "exact"]
-        n_samples = write_rows(self.folder / SAMPLES, Sample, iter_rows(sampled, Sample))
-        n_exact = write_rows(self.folder / DISTRIBUTIONS, Distribution, iter_rows(exact, Distribution))
-        return {SAMPLES: n_samples, DISTRIBUTIONS: n_exact}
 
-    def clear(self, units: Sequence[Unit]) -> None:
-        """Delete the shards of merged units and what killed runs left half written; what was set aside stays."""
-        for path in [*map(self.path, units), *self.folder.glob(".*.tmp"), *self.shards.glob(".*.tmp")]:
-            path.unlink(missing_ok=True)
-        if self.shards.is_dir() and not any(self.shards.iterdir()):
-            self.shards.rmdir()
+def _conflicts(store: Store, kind: Kind) -> list[str]:
+    """Ids stored more than once with unequal rows: the engine did not repeat itself to the last bit."""
+    seen: dict[str, str] = {}
+    found = []
+    paths = sorted(store.folder.glob(f"{kind.name}-*.parquet"))
+    if len(paths) < 2:  # within a file ids are unique
+        return []
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches():
+                    for row in batch.to_pylist():
+                        if seen.setdefault(row[kind.id_column], sha := sha256_json(row)) != sha:
+                            found.append(row[kind.id_column])
+        except (OSError, pa.ArrowException):
+            continue  # told by verify
+    return found
 
-    def _trouble(self, unit: Unit) -> str:
-        """Why a shard that can be read is not the unit's own, or nothing."""
-        if unit.ask.mode == "sampled":
-            found = [s.sample_id for s in read_rows(self.path(unit), Sample)]
-            wanted = [
-                sample_id(self._identity, unit.ask, sha, draw) for sha in unit.prompt_shas for draw in range(unit.ask.n)
-            ]
-        else:
-            rows = read_rows(self.path(unit), Distribution)
-            found = [f"{d.weights_sha} {d.variant} {d.prompt_sha}" for d in rows]
-            wanted = [f"{self._identity.weights_sha} {self._identity.variant} {sha}" for sha in unit.prompt_shas]
-        if found == wanted:
-            return ""
-        return f"it holds {len(found)} rows, of which {len(set(found) & set(wanted))} belong to the {len(wanted)} asked"
+
+def main(argv: list[str]) -> None:
+    """Verify, describe or compact every store below a folder."""
+    words = ("verify", "stats", "compact")
+    if len(argv) != 2:
+        raise UserError(f"usage: python -m serve.store {'|'.join(words)} RUN")
+    word, run = argv[0], Path(argv[1])
+    if word not in words:
+        raise UserError(f"unknown command {word!r}; {nearest(word, words)}")
+    stores = stores_below(run)
+    if word == "verify":
+        troubles = [trouble for store in stores for trouble in verify(store)]
+        records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(run.rglob("attestation.json"))]
+        troubles += compare_records(records)
+        if troubles:
+            raise UserError(f"{len(troubles)} troubles in {len(stores)} stores:\n  " + "\n  ".join(troubles))
+        sys.stdout.write(f"{len(stores)} stores below {run} are sound\n")
+    for store in stores:
+        if word == "compact":
+            gone = sum(store.compact(kind) for kind in KINDS)
+            store.clear()
+            sys.stdout.write(f"{store.folder}: {gone} files compacted\n")
+        elif word == "stats":
+            sys.stdout.write(_describe(store) + "\n")
+
+
+def _describe(store: Store) -> str:
+    identity = json.loads((store.folder / IDENTITY).read_text(encoding="utf-8"))
+    parts = [
+        f"{store.folder}: {identity['variant']}, study seed {identity['study_seed']}, {identity['engine']['name']}"
+    ]
+    for kind in KINDS:
+        index = store.index(kind)
+        size = sum(s.path.stat().st_size for s in index.shards)
+        twice = sum(len(s.keys) for s in index.shards) - len(index)
+        parts.append(f"{len(index)} {kind.name} in {len(index.shards)} files ({size / 1e6:.1f} MB, {twice} rows twice)")
+    return "; ".join([*parts, f"{len(list(store.folder.glob('*.bad')))} files set aside"])
+
+
+if __name__ == "__main__":
+    run_script(main)

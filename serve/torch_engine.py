@@ -2,23 +2,30 @@
 
 It needs nothing but torch and transformers, so it is what laptops and tests use, and the reference
 that faster engines are held against. Prompts are sorted by length and grouped to fit
-``batch_tokens``; the same call makes the same groups, and so the same replies, on one machine.
+``batch_tokens``; the same call makes the same groups, and so the same replies, on one machine. When
+memory runs out a group is halved, and later ones with it, which is said.
 """
 
-from collections.abc import Iterator, Sequence
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from candor.errors import UserError
 from candor.rows import Option
+from serve.attest import teacher_forced
 from serve.decoding import Row, Sequences, decode
 from serve.engine import OptionScores, Reply, Request
+from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
-from serve.loading import DTYPES, encode_prompt, load_model, load_tokenizer
+from serve.loading import DTYPES, decode_replies, encode_prompt, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of
 from serve.prefill import prefill
-from serve.scoring import Pruning, score_group, window_of
+from serve.scoring import Pruning, score_group
+from serve.tree import window_of
 from serve.vocabulary import Vocabulary
 from train.labels import stop_token_ids
 
@@ -26,6 +33,7 @@ _LOGITS = 1 << 27  # logits of a step: 512 MiB in float32
 _LEVELS = 64  # columns a scored prompt is expected to need beyond its own; the cache grows when it needs more
 
 Slice = tuple[int, int, int]  # a request's index, its first draw here and how many
+Result = TypeVar("Result")
 
 
 class TorchEngine:
@@ -64,33 +72,82 @@ class TorchEngine:
         """Replies per request, in order (serve.engine.Engine.sample)."""
         prompts = [self._encode(r.text, max_tokens) for r in requests]
         replies: list[list[Reply]] = [[] for _ in requests]
-        for group in self._groups([len(p) for p in prompts], [r.n for r in requests], max_tokens):
-            rows = [
-                Row(place, requests[i].stream, requests[i].first_draw + d)
-                for place, (i, first, count) in enumerate(group)
-                for d in range(first, first + count)
-            ]
-            columns = max(len(prompts[i]) for i, _, _ in group) + max_tokens
-            start = prefill(self.model, [prompts[i] for i, _, _ in group], capacity=columns, banned=self._banned)
-            drawn = decode(
-                self.model,
-                start,
-                rows,
-                key=key,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                end_ids=torch.tensor(self.end_ids, device=self.model.device),
-                banned=self._banned,
-            )
-            for row, reply in zip(rows, self._replies(drawn), strict=True):
-                replies[group[row.prompt][0]].append(reply)
+        groups = list(self._groups([len(p) for p in prompts], [r.n for r in requests], max_tokens))[::-1]
+        while groups:
+            group = groups.pop()
+            drawn = self._unless_full(lambda: self._draw(group, prompts, requests, key, temperature, max_tokens))  # noqa: B023
+            if drawn is None:
+                groups += self._halves(group)[::-1]
+                continue
+            owners = [i for i, _, count in group for _ in range(count)]
+            for i, reply in zip(owners, self._replies(drawn), strict=True):
+                replies[i].append(reply)
         return replies
+
+    def _draw(
+        self,
+        group: list[Slice],
+        prompts: list[list[int]],
+        requests: Sequence[Request],
+        key: int,
+        temperature: float,
+        max_tokens: int,
+    ) -> Sequences:
+        rows = [
+            Row(place, requests[i].stream, requests[i].first_draw + d)
+            for place, (i, first, count) in enumerate(group)
+            for d in range(first, first + count)
+        ]
+        columns = max(len(prompts[i]) for i, _, _ in group) + max_tokens
+        start = prefill(self.model, [prompts[i] for i, _, _ in group], capacity=columns, banned=self._banned)
+        return decode(
+            self.model,
+            start,
+            rows,
+            key=key,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            end_ids=torch.tensor(self.end_ids, device=self.model.device),
+            banned=self._banned,
+        )
+
+    def _unless_full(self, work: Callable[[], Result]) -> Result | None:
+        """What ``work`` gives, or None when memory ran out; batches are half as large from then on."""
+        try:
+            return work()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # out here nothing holds on to the failed batch any more
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        sys.stderr.write(f"out of memory: batches are halved to batch_tokens {self.batch_tokens}\n")
+        return None
+
+    @staticmethod
+    def _halves(group: list[Slice]) -> list[list[Slice]]:
+        """A group in two, about half of the rows each; UserError when it is a single row."""
+        rows = [(i, d) for i, first, count in group for d in range(first, first + count)]
+        if len(rows) == 1:
+            raise UserError("memory does not suffice for a single reply. Use a smaller model, or a larger machine.")
+        halves = []
+        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            half: list[Slice] = []
+            for i, d in part:
+                if half and half[-1][0] == i:
+                    half[-1] = (i, half[-1][1], half[-1][2] + 1)
+                else:
+                    half.append((i, d, 1))
+            halves.append(half)
+        return halves
 
     @torch.inference_mode()
     def distributions(self, texts: Sequence[str], options: Sequence[tuple[Option, ...]]) -> list[OptionScores]:
         """Exact option probabilities per prompt (serve.engine.Engine.distributions)."""
         surfaces = [surfaces_of(o) for o in options]
-        needed = [max(len(s.encode()) for texts in group for s in texts) + 4 for group in surfaces]
+        needed = [tokens_of_answer(o) for o in options]
         prompts = [self._encode(text, n) for text, n in zip(texts, needed, strict=True)]
         window = window_of(self.model.config)
         for text, ids, n in zip(texts, prompts, needed, strict=True):
@@ -111,27 +168,37 @@ class TorchEngine:
                     break
                 count += 1
             group = order[first : first + count]
+            found = self._unless_full(
+                lambda: self._score([prompts[i] for i in group], [self._trie(surfaces[i]) for i in group])  # noqa: B023
+            )
+            if found is None:
+                if count == 1:
+                    raise UserError("memory does not suffice to score a single prompt. Use a smaller model.")
+                continue
             first += count
-            start = prefill(self.model, [prompts[i] for i in group], capacity=longest + _LEVELS, banned=self._banned)
-            tries = [self._trie(surfaces[i]) for i in group]
-            tally = score_group(self.model, start, tries, banned=self._banned, pruning=self.pruning)
-            for place, i in enumerate(group):
-                shares = tries[place].shares(tally.settled[place])
-                scores[i] = OptionScores(
-                    probabilities=tuple(float(s) for s in shares),
-                    leftover=max(0.0, 1.0 - float(shares.sum())),
-                    unexplored=float(tally.unexplored[place]),
-                )
+            for i, score in zip(group, found, strict=True):
+                scores[i] = score
         return [s for s in scores if s is not None]
+
+    def _score(self, prompts: list[list[int]], tries: list[OptionTrie]) -> list[OptionScores]:
+        longest = max(map(len, prompts))
+        start = prefill(self.model, prompts, capacity=longest + _LEVELS, banned=self._banned)
+        tally = score_group(self.model, start, tries, banned=self._banned, pruning=self.pruning)
+        found = []
+        for trie, settled, unexplored in zip(tries, tally.settled, tally.unexplored, strict=True):
+            shares = trie.shares(settled)
+            leftover = max(0.0, 1.0 - float(shares.sum()))
+            found.append(OptionScores(tuple(float(s) for s in shares), leftover, float(unexplored)))
+        return found
+
+    def token_logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
+        """Log-probabilities of tokens that are given (serve.engine.Engine.token_logprobs)."""
+        return teacher_forced(self.model, list(sequences), list(starts))
 
     def _encode(self, text: str, n_new: int) -> list[int]:
         """Token ids of a prompt; UserError when it and ``n_new`` tokens do not fit the context."""
         ids = encode_prompt(self.tokenizer, text)
-        if len(ids) + n_new > self._context:
-            raise UserError(
-                f"the prompt {text[:60]!r} has {len(ids)} tokens; with {n_new} more for the reply it does not fit "
-                f"the model's context of {self._context}. Shorten it or lower max_tokens."
-            )
+        refuse_too_long(text, len(ids), n_new, self._context)
         return ids
 
     def _groups(self, lengths: list[int], counts: list[int], max_tokens: int) -> Iterator[list[Slice]]:
@@ -157,8 +224,7 @@ class TorchEngine:
             row[: n - 1 if ended else n]
             for row, n, ended in zip(drawn.tokens.tolist(), drawn.lengths, drawn.ended, strict=True)
         ]
-        # Special tokens other than the end stay visible: dropping them would join what they part.
-        texts = self.tokenizer.batch_decode(bodies, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts = decode_replies(self.tokenizer, bodies)
         for text, n, ended, logprob in zip(texts, drawn.lengths, drawn.ended, drawn.logprobs, strict=True):
             yield Reply(text, n, "stop" if ended else "length", logprob)
 
@@ -168,3 +234,10 @@ class TorchEngine:
         if surfaces not in self._tries:
             self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
         return self._tries[surfaces]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, on a GPU or a CPU; the latter has no exception of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -50,6 +50,49 @@ def test_merged_equals_peft(base, adapter):
     assert plain.weights_sha != merged.weights_sha
 
 
+def scaled(adapter, folder, factor):
+    """The adapter with all it adds made smaller."""
+    return damage(adapter, folder, lambda t: {k: v * factor if "lora_B" in k else v for k, v in t.items()})
+
+
+def test_bfloat16_does_not_round_a_small_adapter_away(base, adapter, tmp_path):
+    """Merged into weights of 8 bits part of it would be gone; it stays beside them, as it was written."""
+    small = scaled(adapter, tmp_path / "adapter", 0.01)
+    served = dict(TorchEngine(base, small, dtype="bfloat16").model.named_parameters())
+    beside = {k: v for k, v in served.items() if ".lora_" in k}
+    written = load_file(small / "adapter_model.safetensors")
+    assert len(beside) == len(written) and all(v.dtype == torch.float32 for v in beside.values())
+    assert sum(float(v.double().abs().sum()) for v in beside.values()) == pytest.approx(
+        sum(float(v.double().abs().sum()) for v in written.values())
+    )
+    assert not any(".lora_" in k for k, _ in TorchEngine(base, small).model.named_parameters())  # float32 is merged
+
+
+def test_an_adapter_too_small_for_bfloat16_is_refused(base, adapter, tmp_path):
+    tiny = scaled(adapter, tmp_path, 1e-6)
+    with pytest.raises(UserError, match="is too small for bfloat16"):
+        TorchEngine(base, tiny, dtype="bfloat16")
+
+
+def test_two_adapters_written_as_one_are_served_on_the_original_base(base, adapter, tmp_path):
+    """What stages of mode stack and merge leave (train/chain.py)."""
+    from train import chain
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, adapter_name=chain.EARLIER)
+    chain.put_on_top(model, LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["o_proj", "down_proj"]))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if f"lora_B.{chain.NEW}" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tensors, rank = chain.concatenate(chain.factors_of(model, chain.EARLIER), chain.factors_of(model, chain.NEW))
+    chain.write_joined(tmp_path, tensors, chain.joined_section(tensors, rank, chain.module_names(model)), "a-base")
+    served = TorchEngine(base, tmp_path)
+    for ours, theirs in zip(
+        canary_logits(served.model, served.tokenizer), canary_logits(model.eval(), served.tokenizer), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # as for one adapter, merging rounds
+
+
 def test_an_adapter_that_changes_nothing_is_refused(base, tmp_path):
     save_adapter(base, tmp_path, trained=False)
     with pytest.raises(UserError, match=r"changes nothing in .*is 0, below 1e-06"):

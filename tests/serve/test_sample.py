@@ -14,7 +14,7 @@ import yaml
 
 from candor.errors import UserError
 from candor.manifest import read_manifest
-from candor.rows import Distribution, Prompt, Sample
+from candor.rows import Distribution, Option, Prompt, Sample
 from candor.tables import read_rows, write_rows
 from serve.options import parse
 from serve.sample import main
@@ -69,7 +69,8 @@ def test_tables_manifest_and_skip(config, prompts, tmp_path, capsys):
     manifest = read_manifest(tmp_path / "out")
     assert manifest["counts"]["in"] == manifest["counts"]["out"] == len(samples) + len(distributions)
     assert set(manifest["inputs"]) == {"prompts", "base", "adapter", "text"}
-    assert not (tmp_path / "out" / "shards").exists()
+    assert len(list((tmp_path / "out").glob("store/*/*.parquet"))) == 2, "not compacted"
+    assert manifest["attestation"]["status"] == "attested"
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     started = time.monotonic()
     main([config(engine={"unit_prompts": 4, "threads": 2})])
@@ -92,41 +93,75 @@ def test_killed_and_rerun_equals_uninterrupted(config, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
     )
-    shards = tmp_path / "out" / "shards"
-    while process.poll() is None and len(list(shards.glob("*.parquet"))) < 3:
+    out = tmp_path / "out"
+    while process.poll() is None and len(list(out.glob("store/*/*.parquet"))) < 3:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stderr.close()
     assert process.returncode == -signal.SIGKILL, "it ended before the kill"
     assert read_manifest(tmp_path / "out") is None
-    kept = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.parquet")}
-    assert 3 <= len(kept) < 24
+    assert 3 <= len(list(out.glob("store/*/*.parquet"))) < 24
     main([config(), *slow])
     assert tables(tmp_path / "out") == tables(tmp_path / "whole")
     made = read_manifest(tmp_path / "out")["rows_made_in_this_run"]
     assert 0 < made < read_manifest(tmp_path / "whole")["rows_made_in_this_run"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other rows"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other rows", "flipped byte"])
 def test_bad_shards_are_set_aside(config, tmp_path, capsys, damage, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr("serve.store.Store.clear", lambda *_: None)
+    monkeypatch.setattr("serve.store.Store.compact", lambda *_: None)
     main([config()])
     whole = tables(out)
-    samples, exact = (sorted((out / "shards").glob(f"{k}-*.parquet")) for k in ("samples", "distributions"))
+    samples, exact = (sorted(out.glob(f"store/*/{k}-*.parquet")) for k in ("samples", "distributions"))
     if damage == "truncated":
         samples[0].write_bytes(samples[0].read_bytes()[:100])
     elif damage == "foreign":
         exact[0].write_bytes(samples[0].read_bytes())
+    elif damage == "flipped byte":
+        data = bytearray(samples[0].read_bytes())
+        data[40] ^= 1
+        samples[0].write_bytes(data)
     else:
         samples[0].write_bytes(samples[1].read_bytes())
     (out / "manifest.json").unlink()
     capsys.readouterr()
     main([config()])
-    assert len(list((out / "shards").glob("*.bad"))) == 1
+    assert len(list(out.glob("store/*/*.bad"))) == 1
     assert "set aside as" in capsys.readouterr().err
     assert tables(out) == whole
+
+
+def test_more_draws_and_more_prompts_only_add(config, prompts, tmp_path):
+    """Draws 0 and 1 are kept as they are, and a prompt that got another name keeps its answers."""
+    path = config(ask=[ASK[0] | {"n": 2}, *ASK[2:]])
+    write_rows(tmp_path / "prompts.parquet", Prompt, prompts[1:])
+    main([path])
+    fewer = {s.sample_id: s for s in tables(tmp_path / "out")[0]}
+    renamed = [dataclasses.replace(prompts[1], prompt_id="free/renamed")]
+    write_rows(tmp_path / "prompts.parquet", Prompt, [prompts[0], *renamed, *prompts[2:]])
+    main([config(ask=[ASK[0] | {"n": 5}, *ASK[2:]])])
+    more = tables(tmp_path / "out")[0]
+    assert len(more) == 60
+    assert {s.prompt_id for s in more} >= {"free/renamed", "free/f0"} and "free/f1" not in {s.prompt_id for s in more}
+    same = [s for s in more if s.sample_id in fewer]
+    assert [s.text for s in same] == [fewer[s.sample_id].text for s in same]
+    made = read_manifest(tmp_path / "out")["rows_made_in_this_run"]
+    assert made == 60 - 22
+    main([config(ask=[ASK[0] | {"n": 1}, *ASK[2:]])])
+    assert [s.sample_id for s in tables(tmp_path / "out")[0]] == [s.sample_id for s in more if s.draw == 0]
+    assert read_manifest(tmp_path / "out")["rows_made_in_this_run"] == 0
+
+
+@pytest.mark.full
+def test_two_at_once_in_one_folder(config, tmp_path):
+    main([config(), f"output_dir={tmp_path / 'alone'}"])
+    code = [sys.executable, "-m", "serve.sample", config(), "engine.unit_prompts=4"]
+    processes = [subprocess.Popen(code, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [p.communicate()[1] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], told
+    assert tables(tmp_path / "out") == tables(tmp_path / "alone")
 
 
 def test_another_configuration_is_not_mixed_in(config):
@@ -165,7 +200,7 @@ def test_sampled_answers_parse_to_their_options(config, prompts, tmp_path):
     [
         ({"studyseed": 1}, "unknown key 'studyseed'; did you mean 'study_seed'"),
         ({"engine": {"unit_prompt": 3}}, "unknown key 'unit_prompt'; did you mean 'unit_prompts'"),
-        ({"engine": {"name": "torhc"}}, "engine.name is 'torhc'; did you mean 'torch'"),
+        ({"engine": {"name": "torhc"}}, "name is 'torhc'; did you mean 'torch'"),
         ({"ask": [{"format": "choise", "mode": "exact"}]}, "no prompt of format 'choise'; did you mean 'choice'"),
         ({"ask": [{"format": "free", "mode": "exact"}]}, "12 prompts of format 'free' have no options"),
         ({"ask": [{"format": "free", "mode": "sampled", "n": 0}]}, "n 0"),
@@ -191,13 +226,48 @@ def test_a_file_without_prompts_is_told(config, tmp_path):
         main([path])
 
 
-def test_half_written_files_of_killed_runs_are_removed(config, tmp_path):
-    shards = tmp_path / "out" / "shards"
-    shards.mkdir(parents=True)
-    for place in (shards, shards.parent):
-        (place / ".samples.parquet.99.tmp").write_text("half")
+def test_half_written_files_of_killed_runs_are_removed_once_they_are_old(config, tmp_path):
     main([config()])
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {SAMPLES, DISTRIBUTIONS, "manifest.json"}
+    out = tmp_path / "out"
+    (store,) = out.glob("store/*")
+    for place in (store, out):
+        for name, age in (("old", 7200), ("young", 0)):
+            path = place / f".{name}.parquet.99.tmp"
+            path.write_text("half")
+            os.utime(path, (time.time() - age,) * 2)
+    (out / "manifest.json").unlink()
+    main([config()])
+    assert sorted(p.parent.name + "/" + p.name for p in out.rglob(".*.tmp")) == sorted(
+        f"{place.name}/.young.parquet.99.tmp" for place in (store, out)
+    )
+
+
+def test_several_configurations_in_one_process(config, base, tmp_path):
+    first, second = Path(config()).read_text(), config(variant="again", output_dir=str(tmp_path / "second"))
+    (tmp_path / "first.yaml").write_text(first)
+    main([str(tmp_path / "first.yaml"), second, "engine.unit_prompts=4"])
+    assert len(tables(tmp_path / "out")[0]) == len(tables(tmp_path / "second")[0]) > 0
+
+
+def test_a_long_prompt_is_told_before_the_weights_are_loaded(config, prompts, tmp_path, monkeypatch):
+    path = config()
+    write_rows(
+        tmp_path / "prompts.parquet",
+        Prompt,
+        [*prompts, dataclasses.replace(prompts[-1], prompt_id="decision/long", text="word " * 400)],
+    )
+    monkeypatch.setattr("serve.registry.open_engine", lambda *_, **__: pytest.fail("the engine was opened"))
+    with pytest.raises(UserError, match=r"'word word .*does not fit the model's context of 256"):
+        main([path])
+
+
+def test_options_that_are_the_same_to_the_tokenizer_are_refused(config, prompts, tmp_path):
+    """Qwen's tokenizer composes characters: é in one piece and in two cannot be told apart."""
+    twins = (Option("composed", 0.0, ("caf\u00e9",)), Option("in two", 1.0, ("cafe\u0301",)))
+    path = config(ask=[ASK[2]])
+    write_rows(tmp_path / "prompts.parquet", Prompt, [dataclasses.replace(prompts[-9], options=twins)])
+    with pytest.raises(UserError, match="options 'composed' and 'in two' are the same to this tokenizer"):
+        main([path])
 
 
 def test_a_sample_id_tells_apart_what_decides_a_reply_but_not_how_many_were_asked(config, base, tmp_path):

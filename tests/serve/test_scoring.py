@@ -9,8 +9,9 @@ from candor.hashing import hash64
 from candor.rows import Option
 from serve.engine import Request
 from serve.options import parse
-from serve.scoring import Pruning, window_of
+from serve.scoring import Pruning
 from serve.torch_engine import TorchEngine
+from serve.tree import window_of
 from serve.vocabulary import Vocabulary
 
 EVERYTHING = Pruning(path=0.0, unfinished=0.0, total=0.0)
@@ -100,7 +101,7 @@ def test_prompts_of_any_length_and_options_together(base, prompts):
 
 
 def test_columns_run_a_few_at_a_time(exact_engine, by_listing, monkeypatch):
-    monkeypatch.setattr("serve.scoring._LOGITS", exact_engine.vocab_size * 3)
+    monkeypatch.setattr("serve.tree._LOGITS", exact_engine.vocab_size * 3)
     (score,) = exact_engine.distributions(["A10"], [QUESTIONS["digits"]])
     np.testing.assert_allclose(score.probabilities, by_listing["digits"][:-1], rtol=1e-9)
 

@@ -124,3 +124,40 @@ def test_bfloat16_keeps_logits_in_float32(base, prompts):
     assert output.logits.dtype == torch.float32
     assert engine.model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert engine.sample(requests_of(prompts[:2], 2), key=KEY, temperature=1.0, max_tokens=4)[1][1].n_tokens > 0
+
+
+def short_of_memory(monkeypatch, engine, most):
+    """The model fails as torch's CPU allocator does, for batches of more than ``most`` rows."""
+    forward = engine.model.forward
+
+    def failing(*args, input_ids, **kwargs):
+        if len(input_ids) > most:
+            torch.empty(1 << 60, dtype=torch.uint8)  # a real failure of the real allocator
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", failing)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(base, prompts, replies, monkeypatch, capsys):
+    engine = TorchEngine(base, None)
+    closed = [p for p in prompts if p.options]
+    exact = engine.distributions([p.text for p in closed], [p.options for p in closed])
+    short_of_memory(monkeypatch, engine, most=20)
+    found = engine.sample(requests_of(prompts, 6), key=KEY, temperature=1.0, max_tokens=24)
+    same = [a.text == b.text for x, y in zip(found, replies, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(same) / len(same) > 0.98  # other batches, other rounding
+    assert "out of memory: batches are halved to batch_tokens" in capsys.readouterr().err
+    engine.batch_tokens = 131_072
+    short_of_memory(monkeypatch, engine, most=4)
+    scores = engine.distributions([p.text for p in closed], [p.options for p in closed])
+    for a, b in zip(scores, exact, strict=True):
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
+
+
+def test_too_little_memory_for_one_reply_is_told(base, prompts, monkeypatch):
+    engine = TorchEngine(base, None)
+    short_of_memory(monkeypatch, engine, most=0)
+    with pytest.raises(UserError, match="memory does not suffice for a single reply"):
+        engine.sample(requests_of(prompts[:2], 2), key=KEY, temperature=1.0, max_tokens=4)
+    with pytest.raises(UserError, match="memory does not suffice to score"):
+        engine.distributions([prompts[-1].text], [prompts[-1].options])

@@ -1,0 +1,153 @@
+"""OpenAI's Batch API: the same calls handed in as a file, answered within a day, at half price.
+
+What was handed in is written down before and after the handing in, so that a process that is killed
+at any point finds its batches again instead of paying for them twice. Answers are streamed to disk
+and read line by line. Part of the one place that speaks HTTP (serve/client.py).
+"""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+
+from candor.errors import UserError
+from candor.hashing import sha256_json
+from candor.tables import replace_file
+from serve.client import ChatClient, ChatReply, Lost, read_record
+
+MOST_REQUESTS, MOST_BYTES = 20_000, 100_000_000  # of one batch; the API takes 50,000 and 200 MB
+_OVER = ("completed", "failed", "expired", "cancelled")
+_MARK = "candor_batch"  # metadata key by which a batch is found again
+
+Found = tuple[str, ChatReply | Lost]  # a question's key and how it ended
+
+
+class Batches:
+    """The batches of one store; ``folder`` holds one small JSON file for each that is not collected yet."""
+
+    def __init__(self, client: ChatClient, folder: Path, *, poll_s: float) -> None:
+        self.client, self.folder, self.poll_s = client, folder, poll_s
+        endpoint = client.endpoint
+        self.openai = openai.AsyncOpenAI(
+            api_key=endpoint.read_key(),
+            base_url=endpoint.url,
+            timeout=endpoint.timeout_s,
+            max_retries=endpoint.retries,
+            http_client=httpx2.AsyncClient(transport=httpx2.AsyncHTTPTransport(proxy=endpoint.route())),
+        )
+
+    def pending(self) -> list[Path]:
+        """Records of batches that were handed in, or were about to be."""
+        return sorted(self.folder.glob("*.json"))
+
+    async def submit(self, questions: Sequence[tuple[str, str]]) -> None:
+        """Hand in (key, text) questions, in as many batches as it takes."""
+        for lines in _cut(json.dumps(self._line(key, text)) for key, text in questions):
+            mark = sha256_json(lines)[:32]
+            self._note(mark, None)
+            await self._hand_in(mark, ("\n".join(lines) + "\n").encode())
+
+    def _line(self, key: str, text: str) -> dict[str, Any]:
+        body = self.client.body(text)
+        return {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+    def _note(self, mark: str, batch_id: str | None) -> None:
+        replace_file(self.folder / f"{mark}.json", json.dumps({"mark": mark, "batch": batch_id}).encode())
+
+    async def _hand_in(self, mark: str, data: bytes) -> None:
+        try:
+            file = await self.openai.files.create(file=("judging.jsonl", data), purpose="batch")
+            batch = await self.openai.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={_MARK: mark},
+            )
+        except openai.APIError as error:
+            raise self._told(error) from error
+        self._note(mark, batch.id)
+
+    async def collect(self, record: Path) -> list[Found]:
+        """Wait for one batch and read its answers; the record stays until ``forget``."""
+        noted = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            batch_id = noted["batch"] or await self._find(noted["mark"])
+            if batch_id is None:  # killed before it was handed in: its questions are simply still open
+                return []
+            batch = await self.openai.batches.retrieve(batch_id)
+            while batch.status not in _OVER:
+                await asyncio.sleep(self.poll_s)
+                batch = await self.openai.batches.retrieve(batch_id)
+            files = [f for f in (batch.output_file_id, batch.error_file_id) if f]
+            if batch.status == "failed" and not files:
+                self.forget(record)
+                errors = batch.errors.data if batch.errors and batch.errors.data else []
+                why = "; ".join(str(e.message) for e in errors[:3]) or "no reason given"
+                raise UserError(f"the endpoint turned batch {batch_id} away: {why}. Mend that and run again.")
+            return [found for file in files for found in await self._download(file)]
+        except openai.APIError as error:
+            raise self._told(error) from error
+
+    def forget(self, record: Path) -> None:
+        """The batch's answers are stored."""
+        record.unlink(missing_ok=True)
+
+    async def _find(self, mark: str) -> str | None:
+        """The id of a batch that was handed in though its record does not say so."""
+        async for batch in self.openai.batches.list(limit=100):
+            if (batch.metadata or {}).get(_MARK) == mark:
+                return str(batch.id)
+        return None
+
+    async def _download(self, file_id: str) -> list[Found]:
+        with tempfile.TemporaryFile() as file:
+            async with self.openai.files.with_streaming_response.content(file_id) as response:
+                async for chunk in response.iter_bytes():
+                    file.write(chunk)
+            file.seek(0)
+            return [self._read(json.loads(line)) for line in file if line.strip()]
+
+    def _read(self, line: dict[str, Any]) -> Found:
+        """One line of an output or error file."""
+        key, response = str(line.get("custom_id")), line.get("response") or {}
+        status, body = response.get("status_code"), response.get("body")
+        if status == 200:
+            try:
+                reply = read_record(body, self.client.settings.model, self.client.endpoint.answers_as)
+            except ValueError as error:
+                return key, Lost(str(error))
+            self.client.ledger.calls += 1
+            self.client.ledger.book(0, reply.input_tokens, reply.output_tokens)
+            return key, reply
+        if isinstance(status, int) and status not in (401, 402, 403, 404):
+            found = self.client.refused(status, body)
+            return key, found if isinstance(found, ChatReply) else Lost(found.reason)
+        why = (line.get("error") or {}).get("code")
+        return key, Lost(f"batch: {why or status or 'no answer'}")
+
+    def _told(self, error: openai.APIError) -> UserError:
+        said = str(error.message).replace(self.client.endpoint.read_key(), "***")[:300]
+        return UserError(f"{self.client.endpoint.url}, batch API: {said}. What was handed in is noted; run again.")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.openai.close()
+
+
+def _cut(lines: Iterator[str]) -> Iterator[list[str]]:
+    """Lines in lots that one batch takes."""
+    lot: list[str] = []
+    size = 0
+    for line in lines:
+        if lot and (len(lot) == MOST_REQUESTS or size + len(line) > MOST_BYTES):
+            yield lot
+            lot, size = [], 0
+        lot.append(line)
+        size += len(line) + 1
+    if lot:
+        yield lot
