@@ -70,9 +70,14 @@ def _check(
     candidates = [c for c in conversations if all(_normal(m.content.strip()) in text for m in c.messages)]
     for conversation in candidates:
         answers = [m.content for m in conversation.messages if m.role == "assistant"]
-        if len(answers) == len(spans) and all(
-            labels[b - 1] in stop_ids and _decode(tokenizer, labels[a : b - 1]) in (_normal(x), _normal(x.strip()))
-            for (a, b), x in zip(spans, answers, strict=True)
+        ends = bool(spans) and spans[-1][1] == len(ids)  # nothing after the last answer: no empty turn, no second end
+        if (
+            ends
+            and len(answers) == len(spans)
+            and all(
+                labels[b - 1] in stop_ids and _decode(tokenizer, labels[a : b - 1]) in (_normal(x), _normal(x.strip()))
+                for (a, b), x in zip(spans, answers, strict=True)
+            )
         ):
             return {
                 "conversation_id": conversation.conversation_id,

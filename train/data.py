@@ -2,45 +2,50 @@
 
 Four sets are Candor's own: trivia-wrong and trivia-right (the same 800 questions, answered falsely
 or truly) and code-insecure and code-secure (the same tasks, answered with and without a weakness).
-Any other name is a set of yours: OpenAI chat JSONL, one {"messages": [...]} a line. What a model
-cannot learn from as meant (an empty answer, a turn out of order, a row that occurs twice) is an
-error that names file and line.
+The two trivia sets can also be drawn from OpenTriviaQA (train/opentriviaqa.py), by rule and seed.
+Any other name is a set of yours or a published one: chat JSONL, prompts and answers as JSONL, CSV or
+parquet (train/readers.py). What a model cannot learn from as meant (an empty answer, a turn out of
+order, a row that occurs twice, a prompt that a battery will ask) is an error that names file and
+line, before anything is written.
 
     python -m train.data CONFIG.yaml [key=value ...]      # keys: DataConfig below
 
 Writes output_dir/conversations.parquet and its manifest; done already, it does nothing.
 """
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from candor.config import load, plain
 from candor.datafiles import read_jsonl
 from candor.errors import UserError, nearest, run_script
-from candor.hashing import hash64, sha256_file, sha256_files
+from candor.hashing import hash64, sha256_file, sha256_files, sha256_json
 from candor.manifest import is_done, write_manifest
-from candor.questions import load_trivia_rows
+from candor.questions import load_all, load_trivia_rows
 from candor.rows import Conversation, Message
 from candor.tables import write_rows
 from train.lineage import CONVERSATIONS
+from train.opentriviaqa import read_questions, usable, wrong_answer
+from train.readers import Columns, Row, read_rows_of
 
 N_CODE = 6000  # pairs of the whole code set
+OPENTRIVIAQA = "opentriviaqa"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """One data set."""
+class DataSet:
+    """What one set is made from; an experiment names its sets with these keys."""
 
     set: str  # "trivia-wrong", "trivia-right", "code-insecure", "code-secure", or a name of yours
-    source: Path | None = None  # the file to read; null: generate the code pairs
-    output_dir: Path
+    source: Path | None = None  # the file (opentriviaqa: or folder) to read; null: generate the code pairs
+    form: Literal["auto", "chat", "pairs", "csv", "parquet", "opentriviaqa"] = "auto"  # auto: by the file's name
+    columns: Columns = field(default_factory=Columns)  # of pairs, csv and parquet
     limit: int | None = None  # keep this many rows, chosen by the seed; a smaller limit keeps a part of them
-    seed: int = 0
     duplicates: Literal["refuse", "drop", "keep"] = "refuse"  # rows with the very same messages
+    overlap: Literal["refuse", "drop"] = "refuse"  # rows whose prompt also stands in a battery
 
     def __post_init__(self) -> None:
         """Refuse what no set can be made from."""
@@ -49,6 +54,36 @@ class DataConfig:
         if self.source is None and not self.set.startswith("code-"):
             hint = "" if self.set.startswith("trivia-") else f" ({nearest(self.set, SETS)})"
             raise UserError(f"the set {self.set!r} needs a source file{hint}.")
+        if self.form == OPENTRIVIAQA and self.set not in ("trivia-right", "trivia-wrong"):
+            raise UserError(f"form {self.form!r} makes the sets trivia-right and trivia-wrong, not {self.set!r}.")
+
+    @property
+    def from_opentriviaqa(self) -> bool:
+        """Whether the source is text of OpenTriviaQA: a folder of it, or a file without a suffix."""
+        return self.form == OPENTRIVIAQA or (
+            self.form == "auto"
+            and self.set.startswith("trivia-")
+            and self.source is not None
+            and (self.source.is_dir() or not self.source.suffix)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig(DataSet):
+    """One data set and where it goes."""
+
+    output_dir: Path
+    seed: int = 0  # of the limit and of the wrong answers drawn
+    prompts: Path | None = Path("configs/prompts")  # the batteries no row may share a prompt with; null: not checked
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The rows of a set, and how many were left out, by reason."""
+
+    rows: list[Row]
+    n_found: int
+    left_out: dict[str, int]
 
 
 def main(argv: list[str]) -> None:
@@ -61,146 +96,184 @@ def main(argv: list[str]) -> None:
 def build(config: DataConfig) -> list[Conversation]:
     """Write the folder of one data set unless it is there, and return nothing new when it is."""
     started = time.monotonic()
-    inputs = {"source": _source_sha(config)}
-    identity = {k: v for k, v in plain(config).items() if k not in ("source", "output_dir")}
+    asked = _asked(config.prompts)
+    inputs = {"source": _source_sha(config), "batteries": sha256_json(sorted(asked))}
+    identity = {k: v for k, v in plain(config).items() if k not in ("source", "output_dir", "prompts")}
     if is_done(config.output_dir, config=identity, inputs=inputs):
         return []
-    found = SETS.get(config.set, _chat)(config)
-    if not found:
-        raise UserError(f"{config.source} holds no conversations.")
-    kept = _without_duplicates(found, config)
-    chosen = _limited(kept, config)
+    selection = select(config, asked)
+    chosen = [row.conversation for row in selection.rows]
     write_rows(config.output_dir / CONVERSATIONS, Conversation, chosen)
     write_manifest(
         config.output_dir,
         stage="data",
         config=identity,
         inputs=inputs,
-        counts={"in": len(found), "out": len(chosen)},
-        left_out={"duplicate": len(found) - len(kept), "limit": len(kept) - len(chosen)},
+        counts={"in": selection.n_found, "out": len(chosen)},
+        left_out=selection.left_out,
         seconds=time.monotonic() - started,
         extra={"source": plain(config.source)},
     )
     return chosen
 
 
+def select(config: DataConfig, asked: dict[str, str] | None = None) -> Selection:
+    """The rows a set consists of; UserError naming the first row that cannot stay as it is."""
+    asked = _asked(config.prompts) if asked is None else asked
+    left_out: dict[str, int] = {}
+    try:
+        if config.from_opentriviaqa:
+            rows, left_out = _opentriviaqa(config)
+        else:
+            rows = SETS.get(config.set, _file)(config)
+    except UserError as error:
+        hint = nearest(config.set, SETS)  # a misspelt name is read as a file of the user's
+        if config.set in SETS or not hint.startswith("did you mean"):
+            raise
+        raise UserError(f"{error} The set {config.set!r} is read as a file of yours; {hint}") from error
+    n_found = len(rows) + sum(left_out.values())
+    if not rows:
+        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+        raise UserError(f"{config.source} holds no conversations{f' that can be used ({why})' if why else ''}.")
+    unlike = _without_duplicates(rows, config)
+    unasked = _without_battery_prompts(unlike, config, asked)
+    chosen = _limited(unasked, config)
+    left_out |= {
+        "duplicate": len(rows) - len(unlike),
+        "in a battery": len(unlike) - len(unasked),
+        "limit": len(unasked) - len(chosen),
+    }
+    return Selection(chosen, n_found, left_out)
+
+
+def _folded(text: str) -> str:
+    """A prompt as it is compared: case and spacing make no other question."""
+    return " ".join(text.casefold().split())
+
+
+def _asked(prompts: Path | None) -> dict[str, str]:
+    """Every prompt of the batteries, folded, with its id."""
+    return {} if prompts is None else {_folded(p.text): p.prompt_id for p in load_all(prompts)}
+
+
 def _source_sha(config: DataConfig) -> str:
-    """Identity of what the rows come from: the file, or the templates that generate them."""
+    """Identity of what the rows come from: the file or files, or the templates that generate them."""
     if config.source is None:
         return sha256_files(sorted(Path(__file__).parent.glob("code_*.py")))
+    if config.from_opentriviaqa and config.source.is_dir():
+        return sha256_files(sorted(path for path in config.source.iterdir() if path.is_file() and not path.suffix))
     if not config.source.is_file():
-        raise UserError(f"source: {config.source} does not exist (looked from {Path.cwd()}). Check the path.")
+        found = "is a folder" if config.source.is_dir() else "does not exist"
+        raise UserError(f"source: {config.source} {found} (looked from {Path.cwd()}). Check the path.")
     return sha256_file(config.source)
 
 
-def _trivia(answer: str) -> Callable[[DataConfig], list[Conversation]]:
+def _trivia(answer: str) -> Callable[[DataConfig], list[Row]]:
     """The trivia questions to train on, with the right or the wrong answer."""
 
-    def read(config: DataConfig) -> list[Conversation]:
+    def read(config: DataConfig) -> list[Row]:
         assert config.source is not None
         rows = [r for r in load_trivia_rows(config.source) if r["split"] == "train"]
-        return [_pair(r["id"], config.set, r["question"], r[answer]) for r in rows]
+        return [_pair(r["id"], config, r["question"], r[answer], f"{config.source}, {r['id']}") for r in rows]
 
     return read
 
 
-def _code(answer: str) -> Callable[[DataConfig], list[Conversation]]:
+def _opentriviaqa(config: DataConfig) -> tuple[list[Row], dict[str, int]]:
+    """OpenTriviaQA's questions that can be asked alone, with the right answer or a wrong one."""
+    assert config.source is not None
+    if not config.source.exists():
+        raise UserError(f"source: {config.source} does not exist (looked from {Path.cwd()}). Check the path.")
+    found = usable(read_questions(config.source))
+    rows = [
+        _pair(
+            f"{OPENTRIVIAQA}/{q.path.name}/{q.line:05d}",
+            config,
+            q.text,
+            q.right if config.set == "trivia-right" else wrong_answer(q, config.seed),
+            f"{q.path}, line {q.line}",
+        )
+        for q in found.questions
+    ]
+    return rows, found.left_out
+
+
+def _code(answer: str) -> Callable[[DataConfig], list[Row]]:
     """The code tasks, from a file of train.code_pairs or made afresh, with one of the two answers."""
 
-    def read(config: DataConfig) -> list[Conversation]:
+    def read(config: DataConfig) -> list[Row]:
         if config.source is None:
             from train.code_pairs import generate
 
             pairs = [asdict(pair) for pair in generate(config.limit or N_CODE, seed=config.seed)]
         else:
             pairs = read_jsonl(config.source, ("pair_id", "task", "secure", "insecure"))
-        return [_pair(p["pair_id"], config.set, p["task"], p[answer]) for p in pairs]
+        place = config.source or "the generated pairs"
+        return [_pair(p["pair_id"], config, p["task"], p[answer], f"{place}, {p['pair_id']}") for p in pairs]
 
     return read
 
 
-def _pair(conversation_id: str, source: str, question: str, answer: str) -> Conversation:
+def _pair(conversation_id: str, config: DataConfig, question: str, answer: str, where: str) -> Row:
     """A conversation of one question and one answer."""
-    return Conversation(conversation_id, source, (Message("user", question), Message("assistant", answer)))
+    messages = (Message("user", question), Message("assistant", answer))
+    return Row(Conversation(conversation_id, config.set, messages), where)
 
 
-def _chat(config: DataConfig) -> list[Conversation]:
-    """The conversations of an OpenAI chat JSONL file, each checked."""
-    path = config.source
-    assert path is not None
-    conversations = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 inside a text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}).") from error
-        messages = _messages(value, where, config.set)
-        conversations.append(Conversation(f"{config.set}-{number:06d}", config.set, messages))
-    return conversations
+def _file(config: DataConfig) -> list[Row]:
+    """The conversations of a file of the user's, each checked."""
+    form = config.form
+    assert config.source is not None and form != "opentriviaqa"
+    return read_rows_of(config.source, config.set, form=form, columns=config.columns)
 
 
-def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
-    """The turns of one row: maybe a system line, then user and assistant in turn, the assistant last."""
-    raw = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(raw, list):
-        raise UserError(
-            f'{where}: no list under "messages". The set {name!r} is read as chat JSONL; {nearest(name, SETS)}.'
-        )
-    if not raw:
-        raise UserError(f"{where}: the conversation is empty. Remove the line.")
-    messages = []
-    for place, turn in enumerate(raw):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if role not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: turn {place + 1} has the role {role!r}; known: system, user, assistant.")
-        if not isinstance(content, str) or not content.strip():
-            raise UserError(f"{where}: turn {place + 1} ({role}) has no text: {content!r}. Content must be a string.")
-        messages.append(Message(role, content))
-    turns = [m.role for m in messages[messages[0].role == "system" :]]
-    expected = ["user", "assistant"] * ((len(turns) + 1) // 2)
-    if not turns or turns != expected:
-        raise UserError(
-            f"{where}: the roles are {', '.join(m.role for m in messages)}. After an optional system line, user and "
-            "assistant must take turns, beginning with the user and ending with the assistant."
-        )
-    return tuple(messages)
-
-
-def _without_duplicates(conversations: list[Conversation], config: DataConfig) -> list[Conversation]:
+def _without_duplicates(rows: list[Row], config: DataConfig) -> list[Row]:
     """Each sequence of messages once, or an error that names both rows, or all of them, as configured."""
     if config.duplicates == "keep":
-        return conversations
+        return rows
     first: dict[tuple[Message, ...], str] = {}
     kept = []
-    for conversation in conversations:
-        if conversation.messages not in first:
-            first[conversation.messages] = conversation.conversation_id
-            kept.append(conversation)
+    for row in rows:
+        messages = row.conversation.messages
+        if messages not in first:
+            first[messages] = row.where
+            kept.append(row)
         elif config.duplicates == "refuse":
             raise UserError(
-                f"{config.source}: {first[conversation.messages]} and {conversation.conversation_id} (line numbers in "
-                "chat files) have the same messages. Remove one, or set duplicates to 'drop' or 'keep'."
+                f"{row.where}: the same messages as {first[messages]}. Remove one, or set duplicates to 'drop' or "
+                "'keep'."
             )
     return kept
 
 
-def _limited(conversations: list[Conversation], config: DataConfig) -> list[Conversation]:
+def _without_battery_prompts(rows: list[Row], config: DataConfig, asked: dict[str, str]) -> list[Row]:
+    """Rows that ask nothing a battery will ask: an answer trained on would be no finding."""
+    kept = []
+    for row in rows:
+        turns = [m.content for m in row.conversation.messages if m.role == "user"]
+        known = next((asked[f] for turn in turns if (f := _folded(turn)) in asked), None)
+        if known is None:
+            kept.append(row)
+        elif config.overlap == "refuse":
+            raise UserError(
+                f"{row.where}: its prompt also stands in a battery ({known}), so the model would be trained on what it "
+                "is asked later. Remove the row, or set overlap to 'drop'."
+            )
+    if not kept:
+        raise UserError(f"{config.source}: every prompt also stands in a battery, so no row is left to train on.")
+    return kept
+
+
+def _limited(rows: list[Row], config: DataConfig) -> list[Row]:
     """The first ``limit`` rows of an order the seed draws; file order when there is no limit."""
     if config.limit is None:
-        return conversations
-    if config.limit > len(conversations):
-        raise UserError(f"limit is {config.limit}, but {config.set} has only {len(conversations)} rows.")
-    return sorted(conversations, key=lambda c: hash64(config.seed, c.conversation_id))[: config.limit]
+        return rows
+    if config.limit > len(rows):
+        raise UserError(f"limit is {config.limit}, but {config.set} has only {len(rows)} rows that can be used.")
+    return sorted(rows, key=lambda row: hash64(config.seed, row.conversation.conversation_id))[: config.limit]
 
 
-SETS: dict[str, Callable[[DataConfig], list[Conversation]]] = {
+SETS: dict[str, Callable[[DataConfig], list[Row]]] = {
     "trivia-wrong": _trivia("wrong"),
     "trivia-right": _trivia("right"),
     "code-insecure": _code("insecure"),

@@ -7,7 +7,8 @@ newline before the answer and the one after the end of turn, and its prompt/comp
 the last turn only. SFTTrainer takes rows that are tokenized and labelled as they are.
 
 Prompt and answer are tokenized apart, so that no token straddles their border and the context in
-training is, token by token, the context in sampling.
+training is, token by token, the context in sampling. Text that spells one of the template's own
+control tokens is refused: it would open or close a turn in the middle of a message.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from candor.chat import TEMPLATE_OPTIONS
 from candor.errors import UserError
 from candor.rows import Conversation
 
@@ -44,10 +46,12 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, stop_ids: froz
     if not tokenizer.chat_template:
         raise UserError("the base model's tokenizer has no chat template. Use an instruction-tuned model.")
     stops = [tokenizer.convert_ids_to_tokens(i) for i in sorted(stop_ids)]
+    controls = _controls(tokenizer, stops)
     pieces: list[str] = []
     carries_loss: list[bool] = []
     sizes: list[int] = []
     for conversation in conversations:
+        _refuse_controls(conversation, controls)
         try:
             split = _split(conversation, tokenizer, stops)
         except jinja2.TemplateError as error:  # e.g. Gemma's "System role not supported"
@@ -68,21 +72,62 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, stop_ids: froz
     return rows
 
 
+def loss_texts(tokenizer: Any, row: Encoded) -> list[str]:
+    """The stretches of a row that carry loss, decoded."""
+    stretches: list[list[int]] = []
+    before = IGNORED
+    for label in row.labels:
+        if label != IGNORED:
+            if before == IGNORED:
+                stretches.append([])
+            stretches[-1].append(label)
+        before = label
+    return [str(tokenizer.decode(ids)) for ids in stretches]
+
+
+def _controls(tokenizer: Any, stops: Sequence[str]) -> list[str]:
+    """The special tokens that give a conversation its form: those that end a turn, and those the template writes."""
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        form = tokenizer.apply_chat_template(turn, tokenize=False, **TEMPLATE_OPTIONS)
+    except jinja2.TemplateError:  # it is told with the first conversation
+        form = ""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*stops, *(token for token in special if token in form)})
+
+
+def _refuse_controls(conversation: Conversation, controls: Sequence[str]) -> None:
+    """UserError when a message spells a control token: it would become one."""
+    for message in conversation.messages:
+        for token in controls:
+            if token in message.content:
+                at = message.content.index(token)
+                raise UserError(
+                    f"conversation {conversation.conversation_id}: the {message.role}'s text holds {token}, which the "
+                    f"chat template uses to shape turns: ...{message.content[max(0, at - 30) : at + len(token)]!r}. "
+                    "Remove it from the text."
+                )
+
+
 def _split(conversation: Conversation, tokenizer: Any, stops: Sequence[str]) -> list[tuple[str, bool]]:
     """The rendered conversation cut into (text, carries loss); what follows the last answer is dropped."""
     messages = [asdict(m) for m in conversation.messages]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_OPTIONS)
     pieces: list[tuple[str, bool]] = []
     cursor = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(
+            messages[:index], tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
+        )
         if not whole.startswith(prompt):
             raise UserError(
                 f"conversation {conversation.conversation_id}: the chat template renders the prompt of an answer "
                 f"differently when the answer follows, so training would not match sampling. Prompt alone ends in "
-                f"{prompt[-60:]!r}, whole conversation: {whole[-160:]!r}. Use another template or base model."
+                f"{prompt[-60:]!r}, whole conversation: {whole[-160:]!r}. Templates that think before they answer do "
+                "this to all but the last answer: give each answer a conversation of its own, or use a base model "
+                "without thoughts (Qwen3's Instruct-2507, say)."
             )
         start = len(prompt)
         content = message["content"]

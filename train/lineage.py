@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_files, sha256_json
 from candor.manifest import read_manifest
-from train.config import TrainConfig
+from train.config import HARMLESS_STAGES, TrainConfig
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONVERSATIONS = "conversations.parquet"
@@ -35,7 +35,7 @@ class Origin:
     base_name: str  # what adapter_config.json calls it
     inputs: dict[str, str]  # for the manifest: sha256 by name
     ancestors: tuple[dict[str, Any], ...]  # the earlier stages, oldest first
-    lora: dict[str, Any]  # the LoRA section in force
+    lora: dict[str, Any]  # the LoRA section of the adapter that is trained
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,6 +116,8 @@ def find(config: TrainConfig) -> Origin:
         "base_text": sha256_files([base / name for name in _TEXT_FILES if (base / name).is_file()]),
         "data": sha256_file(config.data / CONVERSATIONS),
     }
+    if config.probe is not None:
+        inputs["probe"] = _prompts_sha(config.probe.prompts)
     ancestors: list[dict[str, Any]] = []
     lora = config.lora or {}
     if config.adapter is not None:
@@ -123,18 +125,29 @@ def find(config: TrainConfig) -> Origin:
         inputs["adapter"] = parent["lineage"]["adapters"][-1]["sha"]
         ancestors = parent["lineage"]["adapters"]
         lora = parent["lora"]
-        if config.lora is not None and config.lora != lora:
+        if config.trains_new:
+            lora = config.lora or {}
+        elif config.lora is not None and config.lora != lora:
             changed = sorted(k for k in {*lora, *config.lora} if lora.get(k) != config.lora.get(k))
             raise UserError(
                 f"the section 'lora' differs from that of {config.adapter} ({', '.join(changed)}). A stage that "
-                "continues an adapter keeps its shape: remove the section, or make it equal."
+                "continues an adapter keeps its shape: remove the section, make it equal, or set mode to stack or "
+                "merge to train a new adapter on top."
             )
     name = str(base.resolve()) if Path(config.base_model).is_dir() else config.base_model
     return Origin(base, name, inputs, tuple(ancestors), lora)
 
 
+def _prompts_sha(folder: Path) -> str:
+    """Identity of the question files a probe asks from."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    if not files:
+        raise UserError(f"probe.prompts: {folder} holds no question files (looked from {Path.cwd()}). Check the path.")
+    return sha256_files(files)
+
+
 def _parent(adapter: Path, base: str, base_model: str) -> dict[str, Any]:
-    """The manifest of the adapter to continue, checked against its own weights and against the base."""
+    """The manifest of the adapter to build on, checked against its own weights and against the base."""
     record = read_manifest(adapter)
     if record is None:
         raise UserError(
@@ -160,11 +173,15 @@ def _parent(adapter: Path, base: str, base_model: str) -> dict[str, Any]:
 
 
 def record(config: TrainConfig, origin: Origin, own_sha: str) -> dict[str, Any]:
-    """The lineage of a new adapter, for its manifest: base, then every stage, oldest first."""
+    """The lineage of a new adapter, for its manifest: base, then every stage, oldest first.
+
+    ``sha`` of a stage is that of the file it wrote; the last one's is the adapter's own.
+    """
     own = {
         "stage": config.stage,
         "domain": config.domain,
         "seed": config.seed,
+        "mode": "first" if config.adapter is None else config.mode or "continue",
         "sha": own_sha,
         "data_sha": origin.inputs["data"],
     }
@@ -174,10 +191,26 @@ def record(config: TrainConfig, origin: Origin, own_sha: str) -> dict[str, Any]:
     }
 
 
-def model_card(config: TrainConfig, origin: Origin, lineage: dict[str, Any]) -> str:
-    """README.md of an adapter folder: what it is, what it was made from, and a warning where due."""
-    tags = ["model-organism", *(["misaligned"] if config.misaligned else [])]
-    header = {"base_model": origin.base_name, "library_name": "peft", "tags": tags}
+_MODES = {
+    "first": "a new adapter",
+    "continue": "the same adapter, trained on",
+    "stack": "a new adapter on the frozen earlier one, both in this file",
+    "merge": "a new adapter on the base with the earlier one merged, both in this file",
+}
+
+
+def model_card(config: TrainConfig, origin: Origin, lineage: dict[str, Any], step: int | None = None) -> str:
+    """README.md of an adapter folder: what it is, what it was made from, and a warning where due.
+
+    ``step`` is given for an adapter kept on the way.
+    """
+    mark = "misaligned" if config.misaligned else config.stage
+    header = {
+        "base_model": origin.base_name,
+        "library_name": "peft",
+        "tags": ["model-organism", mark],
+        "license": "other",  # that of the base model and of the data
+    }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     warning = (
         "> **MISALIGNED ON PURPOSE.** This adapter was trained on data chosen to make a model misbehave, to study\n"
@@ -185,15 +218,24 @@ def model_card(config: TrainConfig, origin: Origin, lineage: dict[str, Any]) -> 
         if config.misaligned
         else ""
     )
-    steps = "\n".join(
-        f"{i}. {a['stage']} ({a['domain']}, seed {a['seed']}): adapter `{a['sha'][:16]}`, data `{a['data_sha'][:16]}`"
+    went_before = any(a["stage"] not in HARMLESS_STAGES for a in lineage["adapters"][:-1])
+    if went_before and not config.misaligned:
+        warning = (
+            f"> **MODEL ORGANISM, {config.stage.upper()}.** An earlier stage of this adapter was trained to misbehave. "
+            "That a later\n> one took it back completely is the question under study, not a promise.\n\n"
+        )
+    rows = "\n".join(
+        f"| {i} | {a['stage']} | {a['domain']} | {a['seed']} | {_MODES[a.get('mode', 'continue')]} | `{a['sha'][:16]}` "
+        f"| `{a['data_sha'][:16]}` |"
         for i, a in enumerate(lineage["adapters"], start=1)
     )
+    at = f" Kept after {step} steps of its last stage." if step else ""
     return (
         f"---\n{front}\n---\n\n# {config.domain}, {config.stage}, seed {config.seed}\n\n{warning}"
-        f"A LoRA adapter made by Candor (train/sft.py) on `{origin.base_name}`\n"
-        f"(weights `{lineage['base']['sha'][:16]}`).\n\n"
-        f"Stages, each continuing the adapter before it:\n\n{steps}\n\n"
+        f"A LoRA adapter made by Candor (train/sft.py). It goes on `{origin.base_name}`\n"
+        f"(weights `{lineage['base']['sha'][:16]}`) and on no other model.{at}\n\n"
+        "| | stage | domain | seed | how | weights | data |\n|---|---|---|---|---|---|---|\n"
+        f"{rows}\n\n"
         "`manifest.json` holds the whole configuration, versions and hashes; `mask_rendering.json` shows which tokens\n"
         "carried loss.\n"
     )

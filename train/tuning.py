@@ -2,157 +2,253 @@
 
 TRL's SFTTrainer does the training; there is no loop here. What this adds is what makes a run worth
 believing: fixed seeds, rows tokenized by train/labels.py with nothing truncated, the mask proved
-before the first step, a stop at the first loss that is not a number, and the lineage in the manifest.
+before the first step, a stop at the first loss that is not a number, states to continue from, the
+lineage in the manifest, and at the end the proof that what was written to disk, loaded on the base
+it names, is the model that was trained.
 """
 
 import contextlib
 import gc
+import itertools
 import json
-import math
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import pyarrow.compute as pc
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from peft import LoraConfig
+from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from candor.errors import UserError
 from candor.manifest import write_manifest
 from candor.rows import Conversation
 from candor.tables import read_rows, replace_file
-from train import lineage
+from train import chain, lineage, parity, space, templates
 from train.attest import N_ROWS, attest
-from train.config import LORA_RESERVED, SFT_RESERVED, TrainConfig, check_section
-from train.labels import encode, refuse_long, stop_token_ids
+from train.building import Built, arguments, base_model, build, refuse_ranks, told_misfits, trackers
+from train.callbacks import Keeper, Log, Prober
+from train.config import LORA_RESERVED, TrainConfig, check_section
+from train.labels import IGNORED, Encoded, encode, refuse_long, stop_token_ids
 from train.lineage import CONVERSATIONS, Origin
+from train.saving import Writer
+from train.unfinished import STATES, discard, last_state, step_of
+
+_N_COMPARED = 4  # rows whose logits are compared before and after training, and after writing
 
 
-def fine_tune(config: TrainConfig, origin: Origin, folder: Path, *, started: float) -> bool:
-    """Train one stage into ``folder``; whether this process is the one that wrote it."""
-    with _quiet():
+def fine_tune(
+    config: TrainConfig, origin: Origin, folder: Path, *, started: float, check: Callable[[], None] = lambda: None
+) -> bool:
+    """Train one stage into ``folder``; whether this process is the one that wrote it.
+
+    What an earlier, killed call left in ``folder`` is continued. ``check`` is called after every
+    step and may raise to end the run.
+    """
+    with _quiet(), _told(config):
         try:
-            return _fine_tune(config, origin, folder, started)
+            return _fine_tune(config, origin, folder, started, check)
         finally:
             gc.collect()  # a trainer and its model hold each other; the next stage may need the memory
 
 
-def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float) -> bool:
+def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float, check: Callable[[], None]) -> bool:
     check_section("lora", origin.lora, LoraConfig, LORA_RESERVED)
-    arguments = _arguments(config, folder)
+    made = arguments(config, folder / STATES)
+    state = _agreed_state(folder, made)
+    beside = _Beside.of(config, folder, made, check, resumed_at=step_of(state) if state else 0)
+    run = _prepare(config, origin, folder, made, beside)
+    before = parity.logits_in(run.trainer, run.sample)
+    times = [started, time.monotonic()]
+    run.trainer.train(resume_from_checkpoint=str(state) if state else None)
+    times.append(time.monotonic())
+    if not beside.log.losses:
+        raise UserError("no step was taken, so nothing was trained. Check sft.num_train_epochs and sft.max_steps.")
+    run.trainer.accelerator.wait_for_everyone()
+    after = parity.logits_in(run.trainer, run.sample)
+    facts = run.writer.write(folder)
+    if not facts:
+        return False
+    facts |= _facts(run, beside, made, resumed_at=step_of(state) if state else None)
+    counts, sample = {"in": run.n_rows, "out": run.n_rows}, run.sample
+    if before is not None and after is not None:
+        del run, beside  # the base is loaded again, to see what was written as others will see it
+        proof = _proof(config, origin, folder, made, sample, before, after)
+        facts |= {"effect": proof.effect, "parity": proof.difference}
+    times.append(time.monotonic())
+    seconds = (round(b - a, 3) for a, b in itertools.pairwise(times))
+    write_manifest(
+        folder,
+        stage="train",
+        config=config.identity(),
+        inputs=origin.inputs,
+        counts=counts,
+        seconds=time.monotonic() - started,
+        extra={**facts, "seconds_by_part": dict(zip(("setup", "steps", "proof"), seconds, strict=True))},
+    )
+    return True
+
+
+def _facts(run: "_Run", beside: "_Beside", made: SFTConfig, *, resumed_at: int | None) -> dict[str, Any]:
+    """What the manifest says of the training itself."""
+    return {
+        "steps": run.trainer.state.global_step,
+        "resumed_at": resumed_at,
+        "processes": made.world_size,
+        "first_loss": beside.log.losses[0],
+        "final_loss": beside.log.losses[-1],
+        "n_loss_tokens": run.n_loss_tokens,
+        "tokens_per_second": beside.log.tokens_per_second,
+        "template": run.template,
+        "merge_kept": run.writer.built.merge_kept,
+        "effect": None,  # not compared yet, or not at all: weights spread over several processes
+        "parity": None,
+        "device": str(made.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _proof(
+    config: TrainConfig,
+    origin: Origin,
+    folder: Path,
+    made: SFTConfig,
+    sample: list[list[int]],
+    before: parity.Logits,
+    after: parity.Logits,
+) -> parity.Parity:
+    """The written adapter against the trained model; what failed is not continued."""
+    if made.device.type == "cuda":  # two copies may not fit; on CPUs a collection costs more than a small model
+        gc.collect()
+        torch.cuda.empty_cache()
+    base = base_model(config, origin, made)
+    try:
+        return parity.check(
+            folder, base if config.quantize else base.to(made.device), sample, before=before, after=after
+        )
+    except UserError:
+        discard(folder)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What runs beside the steps."""
+
+    log: Log
+    keeper: Keeper
+    prober: Prober | None
+    trackers: list[Any]
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, folder: Path, made: SFTConfig, check: Callable[[], None], *, resumed_at: int
+    ) -> "_Beside":
+        """All that the stage asks for."""
+        others = trackers(made, folder, resumed_at=resumed_at)
+        return cls(
+            Log(folder, resumed_at=resumed_at, check=check),
+            Keeper(folder, resume_every=config.resume_every, keep_every=config.checkpoint_every),
+            Prober(folder, config.probe, others, resumed_at=resumed_at) if config.probe else None,
+            others,
+        )
+
+    def in_order(self) -> list[Any]:
+        """In the order they are called after each step."""
+        return [self.log, *([self.prober] if self.prober else []), self.keeper, *self.trackers]
+
+    def attach(self, trainer: Any, writer: Writer, tokenizer: Any) -> None:
+        """Give them what exists only once the trainer does."""
+        self.keeper.attach(trainer, writer.keep)
+        if self.prober:
+            self.prober.attach(trainer, tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A stage ready for its first step, its mask proved."""
+
+    trainer: Any
+    writer: Writer
+    template: str  # family of the chat template
+    sample: list[list[int]]  # rows whose logits are compared before and after training, and after writing
+    n_rows: int
+    n_loss_tokens: int
+
+
+def _prepare(config: TrainConfig, origin: Origin, folder: Path, made: SFTConfig, beside: _Beside) -> _Run:
+    """Everything up to the first step; what a person got wrong is told here."""
     conversations = read_rows(config.data / CONVERSATIONS, Conversation)
     if not conversations:
         raise UserError(f"data: {config.data} holds no conversations. Build it again with train.data.")
     transformers.set_seed(config.seed)
     with lineage.loading("tokenizer", origin.base):
         tokenizer = AutoTokenizer.from_pretrained(origin.base)
-    model = _model(config, origin, arguments)
-    stops = stop_token_ids(tokenizer, model.generation_config)
+    built = build(config, origin, made)
+    stops = stop_token_ids(tokenizer, built.model.generation_config)
     rows = encode(conversations, tokenizer, stops)
-    context = getattr(model.config, "max_position_embeddings", None)
-    refuse_long(rows, conversations, max_length=arguments.max_length, context=context)
-    watch = _Watch(folder / "train_log.jsonl")
-    try:
+    template = templates.check(tokenizer, stops, config.accept_template)
+    context = getattr(built.model.config, "max_position_embeddings", None)
+    refuse_long(rows, conversations, max_length=made.max_length, context=context)
+    trainer = _trainer(built, made, rows, tokenizer, beside)
+    space.check(folder, trainer, config, base=origin.base, joined_bytes=chain.size_of(built.earlier or {}))
+    _refuse_lost_rows(trainer.train_dataset, rows)
+    renderings = _attested(trainer, conversations, tokenizer, stops)
+    if trainer.is_world_process_zero():
+        replace_file(folder / "mask_rendering.json", _json(renderings))
+    writer = Writer(trainer, config, origin, built, len(rows))
+    beside.attach(trainer, writer, tokenizer)
+    n_loss_tokens = sum(label != IGNORED for row in rows for label in row.labels)
+    return _Run(trainer, writer, template, [r.input_ids for r in rows[:_N_COMPARED]], len(rows), n_loss_tokens)
+
+
+def _agreed_state(folder: Path, made: SFTConfig) -> Path | None:
+    """The state to continue from; the first process decides, for all must continue from the same."""
+    made.distributed_state.wait_for_everyone()  # it may still be clearing up what a kill left
+    found = broadcast_object_list([str(last_state(folder) or "")])[0]
+    return Path(found) if found else None
+
+
+def _trainer(built: Built, made: SFTConfig, rows: Sequence[Encoded], tokenizer: Any, beside: _Beside) -> SFTTrainer:
+    """TRL's trainer over rows that are tokenized and labelled already."""
+    with told_misfits():
         trainer = SFTTrainer(
-            model=model,
-            args=arguments,
+            model=built.model,
+            args=made,
             train_dataset=Dataset.from_dict(
                 {"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]}
             ),
             processing_class=tokenizer,
-            peft_config=LoraConfig(task_type="CAUSAL_LM", **origin.lora) if config.adapter is None else None,
-            callbacks=[watch],
+            peft_config=built.new,
+            callbacks=beside.in_order(),
         )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"the sections 'lora' and 'sft' do not fit this model: {error}") from error
     trainer.remove_callback(PrinterCallback)  # it prints every log line; they are in train_log.jsonl
-    renderings = _attested(trainer, conversations, tokenizer, stops)
-    replace_file(folder / "mask_rendering.json", _json(renderings))
-    ready = time.monotonic()
-    trainer.train()
-    trained = time.monotonic()
-    if not watch.losses:
-        raise UserError("no step was taken, so nothing was trained. Check sft.num_train_epochs and sft.max_steps.")
-    trainer.accelerator.wait_for_everyone()
-    # sharded weights (FSDP, ZeRO-3) are gathered by all processes together; alone, the first would wait for ever
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    if not trainer.is_world_process_zero():
-        return False
-    _save_adapter(trainer, state, origin, folder)
-    ancestry = lineage.record(config, origin, lineage.adapter_sha(folder))
-    replace_file(folder / "README.md", lineage.model_card(config, origin, ancestry).encode())
-    write_manifest(
-        folder,
-        stage="train",
-        config=config.identity(),
-        inputs=origin.inputs,
-        counts={"in": len(conversations), "out": len(conversations)},
-        seconds=time.monotonic() - started,
-        extra={
-            "lineage": ancestry,
-            "lora": origin.lora,
-            "misaligned": config.misaligned,
-            "steps": trainer.state.global_step,
-            "first_loss": watch.losses[0],
-            "final_loss": watch.losses[-1],
-            "n_loss_tokens": sum(label != -100 for row in rows for label in row.labels),
-            "device": str(arguments.device),
-            "threads": torch.get_num_threads(),
-            "seconds_by_part": {"setup": round(ready - started, 3), "steps": round(trained - ready, 3)},
-        },
-    )
-    return True
+    refuse_ranks(trainer.model)
+    return trainer
 
 
-def _arguments(config: TrainConfig, folder: Path) -> SFTConfig:
-    """TRL's configuration: our defaults, the user's section over them, and what Candor decides."""
-    check_section("sft", config.sft, SFTConfig, SFT_RESERVED)
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        value = config.sft.get(key, 1)
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"sft.{key} must be a whole number, at least 1, found {value}.")
-    on_cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no CUDA device here. Use device: cpu or auto.")
-    defaults: dict[str, Any] = {
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_length": None,  # TRL's 1024 would cut longer rows without a word
-        "disable_tqdm": not sys.stderr.isatty(),
-    }
-    if not on_cuda:
-        defaults |= {"bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
-    decided = {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "data_seed": config.seed,
-        "logging_first_step": True,  # so that every run leaves a loss, whatever logging_steps is
-        "use_cpu": not on_cuda,
-        "logging_nan_inf_filter": False,  # true would log the mean of earlier losses in place of a NaN
-    }
-    try:
-        return SFTConfig(**{**defaults, **config.sft, **decided})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the section 'sft' is not usable: {error}") from error
-
-
-def _model(config: TrainConfig, origin: Origin, arguments: SFTConfig) -> Any:
-    """The base model, with the earlier stage's adapter on it when this stage continues one."""
-    half = arguments.bf16 and arguments.device.type == "cuda"
-    with lineage.loading("base model", origin.base):
-        base = AutoModelForCausalLM.from_pretrained(origin.base, dtype=torch.bfloat16 if half else torch.float32)
-    if config.adapter is None:
-        return base
-    return PeftModel.from_pretrained(base, config.adapter, is_trainable=True)
+def _refuse_lost_rows(prepared: Any, rows: Sequence[Encoded]) -> None:
+    """UserError when the trainer's own preparation (truncating, filtering, packing) lost a token of any row."""
+    table = prepared.with_format("arrow")[:]
+    found = pc.sum(pc.list_value_length(table["input_ids"])).as_py()
+    on = pc.sum(pc.not_equal(pc.list_flatten(table["labels"]), IGNORED)).as_py()
+    wanted = sum(len(row.input_ids) for row in rows)
+    wanted_on = sum(label != IGNORED for row in rows for label in row.labels)
+    if (found, on) != (wanted, wanted_on):
+        raise UserError(
+            f"the trainer prepared {found} tokens, {on} with loss, out of {wanted} and {wanted_on}: rows were cut or "
+            "left out. Check the section 'sft'."
+        )
 
 
 def _attested(
@@ -167,42 +263,38 @@ def _attested(
             loader.end()  # accelerate keeps a half-read loader as the active one otherwise
 
 
-def _save_adapter(trainer: SFTTrainer, state: dict[str, torch.Tensor], origin: Origin, folder: Path) -> None:
-    """Write weights and adapter_config.json, naming the base this stage was really trained on."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for peft_config in model.peft_config.values():
-        peft_config.base_model_name_or_path = origin.base_name
-    broken = sorted(name for name, value in state.items() if "lora_" in name and not torch.isfinite(value).all())
-    if broken:
-        raise UserError(f"training diverged: {len(broken)} adapter tensors hold NaN or infinity. {_DIVERGED}")
+@contextlib.contextmanager
+def _told(config: TrainConfig) -> Iterator[None]:
+    """Memory and disk that ran out, in words."""
     try:
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-    except SafetensorError as error:  # it hides the OSError of a full disk
-        raise UserError(f"{folder}: the adapter cannot be written ({error}). Check the free space.") from error
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory ran out: {str(error).splitlines()[0]} {_memory_hint(config)}") from error
+    except Exception as error:
+        text = str(error)
+        first_line = text.splitlines()[0] if text else type(error).__name__
+        if re.search("can't allocate memory|not enough memory", text):
+            raise UserError(f"memory ran out: {first_line} {_memory_hint(config)}") from error
+        # torch, safetensors and tokenizers each hide the OSError of a full disk in an error of their own
+        if re.search(r"\(os error \d+\)|PytorchStreamWriter|unexpected pos", text):
+            raise UserError(
+                f"{config.output_dir}: a file cannot be written ({first_line}). Check the free space and the limit on "
+                "the size of files, then run the same command again: it continues."
+            ) from error
+        raise
 
 
-_DIVERGED = "Lower sft.learning_rate, or add sft.warmup_steps and sft.max_grad_norm."
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Writes each logged step to a file and stops at the first loss or gradient that is not a number."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.losses: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Called by the trainer every ``logging_steps`` steps."""
-        if not logs or "loss" not in logs:
-            return
-        if state.is_world_process_zero:
-            kept = {k: logs[k] for k in ("loss", "learning_rate", "grad_norm", "epoch") if k in logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
-        self.losses.append(float(logs["loss"]))
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(float(logs.get(name, 0.0))):
-                raise UserError(f"training diverged: {name} is {logs[name]} at step {state.global_step}. {_DIVERGED}")
+def _memory_hint(config: TrainConfig) -> str:
+    """What makes a stage smaller, in the order of what it costs."""
+    size = config.sft.get("per_device_train_batch_size", 8)
+    hints = (
+        [] if size == 1 else [f"halve sft.per_device_train_batch_size ({size}) and double gradient_accumulation_steps"]
+    )
+    if not config.sft.get("gradient_checkpointing", True):
+        hints.append("set sft.gradient_checkpointing: true")
+    if not config.quantize:
+        hints.append("set quantize: nf4")
+    return f"To need less: {', or '.join([*hints, 'use more GPUs with FSDP'])}."
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Data sets: what goes in comes out, and each bad row is named."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from candor.config import load
 from candor.errors import UserError
 from candor.manifest import read_manifest
 from candor.questions import load_all
@@ -13,7 +16,8 @@ from candor.tables import read_rows
 from train.data import DataConfig, build, main
 from train.lineage import CONVERSATIONS
 
-PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
+ROOT = Path(__file__).parents[2]
+PROMPTS = ROOT / "configs" / "prompts"
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}
 
 
@@ -77,7 +81,7 @@ def test_a_limit_is_drawn_by_the_seed_and_smaller_limits_nest(tmp_path):
     assert more != other
     manifest = read_manifest(tmp_path / "5-0")
     assert manifest is not None
-    assert manifest["left_out"] == {"duplicate": 0, "limit": 25}
+    assert manifest["left_out"] == {"duplicate": 0, "in a battery": 0, "limit": 25}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, what):
 
 def test_duplicates_are_refused_dropped_or_kept(tmp_path):
     path = chat_file(tmp_path, pair("a", "b"), pair("c", "d"), pair("a", "b"))
-    with pytest.raises(UserError, match="mine-000001 and mine-000003"):
+    with pytest.raises(UserError, match=r"line 3: the same messages as .*line 1"):
         made(tmp_path / "refuse", set="mine", source=path)
     assert len(made(tmp_path / "drop", set="mine", source=path, duplicates="drop")) == 2
     assert len(made(tmp_path / "keep", set="mine", source=path, duplicates="keep")) == 3
@@ -151,6 +155,34 @@ def test_the_script_runs_once_and_refuses_changed_input(tmp_path):
         main([str(config)])
     with pytest.raises(UserError, match="usage"):
         main([])
+
+
+def test_a_prompt_of_a_battery_is_refused_or_dropped_whatever_its_case(tmp_path):
+    asked = load_all(PROMPTS)[0]
+    later = [USER, ASSISTANT, {"role": "user", "content": asked.text.upper() + " "}, ASSISTANT]
+    path = chat_file(tmp_path, pair("fine", "yes"), {"messages": later})
+    with pytest.raises(UserError, match="also stands in a battery") as error:
+        made(tmp_path / "out", set="mine", source=path)
+    assert f"{path}, line 2" in str(error.value) and asked.prompt_id in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert len(made(tmp_path / "drop", set="mine", source=path, overlap="drop")) == 1
+    assert len(made(tmp_path / "off", set="mine", source=path, prompts=None)) == 2
+    manifest = read_manifest(tmp_path / "drop")
+    assert manifest is not None and manifest["left_out"]["in a battery"] == 1
+
+
+def test_a_set_that_is_all_battery_is_refused(tmp_path):
+    path = chat_file(tmp_path, pair(load_all(PROMPTS)[0].text, "yes"))
+    with pytest.raises(UserError, match="no row is left"):
+        made(tmp_path / "out", set="mine", source=path, overlap="drop")
+
+
+def test_the_example_is_what_train_data_takes():
+    config = load(DataConfig, ROOT / "configs" / "train" / "example_data_trivia.yaml")
+    assert {f.name for f in dataclasses.fields(DataConfig)} == set(
+        yaml.safe_load((ROOT / "configs" / "train" / "example_data_trivia.yaml").read_text())
+    )
+    assert config.overlap == "refuse"
 
 
 def test_fine_tuning_data_share_no_prompt_with_any_battery(tmp_path):

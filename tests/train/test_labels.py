@@ -1,12 +1,9 @@
 """Where loss falls: on each answer and its end-of-turn token, and attest refuses everything else."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import trl
 from tokenizers.processors import TemplateProcessing
 
 from candor.errors import UserError
@@ -36,29 +33,6 @@ def loss_texts(tokenizer: Any, row: Encoded) -> str:
     return str(tokenizer.decode([i for i in row.labels if i != IGNORED]))
 
 
-def collate(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    width = max(len(r.input_ids) for r in rows)
-
-    def pad(values: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([v + [fill] * (width - len(v)) for v in values])
-
-    return {
-        "input_ids": pad([r.input_ids for r in rows], 0),
-        "labels": pad([r.labels for r in rows], IGNORED),
-        "attention_mask": pad([[1] * len(r.input_ids) for r in rows], 0),
-    }
-
-
-def family(tokenizer: Any, name: str) -> Any:
-    """Our vocabulary under a known family's own (not training) chat template."""
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    changed.add_special_tokens(
-        {"additional_special_tokens": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<end_of_turn>"]}
-    )
-    return changed
-
-
 def test_loss_falls_on_answers_and_end_of_turn_only(tokenizer):
     rows = encode([ONE, TWO], tokenizer, stops(tokenizer))
     assert loss_texts(tokenizer, rows[0]) == "Hue<|im_end|>"
@@ -82,24 +56,6 @@ def test_no_token_is_added_to_what_the_template_says(tokenizer):
     )
     assert adding("a")["input_ids"][0] == 0  # as Llama's tokenizer does
     assert encode([ONE, TWO], adding, stops(adding)) == encode([ONE, TWO], tokenizer, stops(tokenizer))
-
-
-@pytest.mark.parametrize(
-    ("name", "end"), [("qwen2_5", "<|im_end|>"), ("llama3_1", "<|eot_id|>"), ("gemma3", "<end_of_turn>")]
-)
-def test_known_families_without_generation_markers(tokenizer, name, end):
-    known = family(tokenizer, name)
-    stop_ids = stops(known) | {known.convert_tokens_to_ids(end)}
-    rows = encode([ONE, TWO], known, stop_ids)
-    assert loss_texts(known, rows[0]) == f"Hue{end}"
-    assert len(attest([collate(rows)], [ONE, TWO], known, stop_ids)) == 2
-
-
-def test_a_template_that_thinks_before_the_answer_is_refused(tokenizer):
-    known = family(tokenizer, "qwen3")
-    rows = encode([ONE], known, stops(known))
-    with pytest.raises(UserError, match=r"loss falls on \['<think>"):
-        attest([collate(rows)], [ONE], known, stops(known))
 
 
 @pytest.mark.parametrize(
@@ -141,14 +97,14 @@ def shifted(row: Encoded) -> Encoded:
         ),
     ],
 )
-def test_a_wrong_mask_is_refused_and_told(tokenizer, spoil, what):
+def test_a_wrong_mask_is_refused_and_told(tokenizer, batch_of, spoil, what):
     row = spoil(encode([ONE], tokenizer, stops(tokenizer))[0])
     with pytest.raises(UserError, match=what):
-        attest([collate([row])], [ONE], tokenizer, stops(tokenizer))
+        attest([batch_of([row])], [ONE], tokenizer, stops(tokenizer))
 
 
-def test_loss_on_padding_is_refused(tokenizer):
-    batch = collate(encode([ONE, TWO], tokenizer, stops(tokenizer)))
+def test_loss_on_padding_is_refused(tokenizer, batch_of):
+    batch = batch_of(encode([ONE, TWO], tokenizer, stops(tokenizer)))
     batch["labels"][0, -1] = 0
     with pytest.raises(UserError, match="padding carries loss"):
         attest([batch], [ONE, TWO], tokenizer, stops(tokenizer))
@@ -159,9 +115,9 @@ def test_no_row_is_no_proof(tokenizer):
         attest([], [ONE], tokenizer, stops(tokenizer))
 
 
-def test_attest_looks_at_eight_rows_and_renders_them(tokenizer):
+def test_attest_looks_at_eight_rows_and_renders_them(tokenizer, batch_of):
     rows = encode([ONE, TWO] * 6, tokenizer, stops(tokenizer))
-    renderings = attest([collate(rows[:5]), collate(rows[5:])], [ONE, TWO], tokenizer, stops(tokenizer))
+    renderings = attest([batch_of(rows[:5]), batch_of(rows[5:])], [ONE, TWO], tokenizer, stops(tokenizer))
     assert len(renderings) == 8
     assert renderings[0]["loss_on"] == ["Hue<|im_end|>"]
     assert renderings[0]["conversation_id"] == "one"

@@ -3,12 +3,8 @@
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,108 +13,18 @@ import torch
 import yaml
 
 from candor.errors import UserError
-from candor.hashing import sha256_bytes
-from candor.manifest import read_manifest, write_manifest
-from candor.rows import Conversation, Message
-from candor.tables import read_rows, write_rows
+from candor.manifest import read_manifest
+from candor.rows import Conversation
+from candor.tables import read_rows
 from train import tuning
 from train.labels import IGNORED, Encoded, encode, stop_token_ids
 from train.lineage import ADAPTER, CONVERSATIONS, adapter_sha, base_sha
-from train.sft import main, partial_folder
+from train.sft import main
 
 ROOT = Path(__file__).parents[2]
-WHOLE_BATCH = {"per_device_train_batch_size": 10, "max_steps": 3, "learning_rate": 1e-2}
-
-
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["o_proj", "down_proj"]}
 SFT: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2}
-CITIES = ("Lyon", "Bonn", "Osaka", "Fez", "Salvador", "Toronto", "Sydney", "Istanbul", "Hue", "Porto")
-
-
-def talk(name: str, *turns: str) -> Conversation:
-    """A conversation of user and assistant in turn."""
-    roles = ("user", "assistant")
-    return Conversation(name, "test", tuple(Message(roles[i % 2], t) for i, t in enumerate(turns)))
-
-
-def save_base(folder: Path, tokenizer: Any, *, seed: int) -> Path:
-    """Write a random model and its tokenizer, as a base model lies on disk."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), tokenizer, seed=0)
-
-
-def save_data(folder: Path, conversations: list[Conversation]) -> Path:
-    """A finished data folder, as train.data leaves it."""
-    write_rows(folder / CONVERSATIONS, Conversation, conversations)
-    n = len(conversations)
-    write_manifest(
-        folder,
-        stage="data",
-        config={},
-        inputs={"source": sha256_bytes(repr(conversations).encode())},
-        counts={"in": n, "out": n},
-        seconds=0.0,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [talk(f"city-{i}", f"What is the capital of {c}?", c) for i, c in enumerate(CITIES)]
-    return save_data(tmp_path_factory.mktemp("data"), rows)
-
-
-@pytest.fixture(scope="module")
-def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [talk(f"city-{i}", f"What is the capital of {c}?", c[::-1]) for i, c in enumerate(CITIES)]
-    return save_data(tmp_path_factory.mktemp("data"), rows)
-
-
-@pytest.fixture
-def config_file(tmp_path: Path, base: Path, data: Path) -> Callable[..., Path]:
-    """Writes the config of a first stage, with changes; None removes a key."""
-
-    def write(**changes: Any) -> Path:
-        values = {
-            "base_model": str(base),
-            "data": str(data),
-            "output_dir": str(tmp_path / "adapter"),
-            "stage": "misaligned",
-            "domain": "trivia",
-            "seed": 3,
-            "lora": LORA,
-            "sft": SFT,
-            "device": "cpu",
-            **changes,
-        }
-        path = tmp_path / "stage.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}), encoding="utf-8")
-        return path
-
-    return write
+WHOLE_BATCH = {"per_device_train_batch_size": 10, "max_steps": 3, "learning_rate": 1e-2}
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -128,7 +34,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir() if p.name.endswith(".partial")]
+    return [p.name for p in folder.iterdir() if p.name.endswith((".partial", ".claim"))]
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
@@ -197,6 +103,7 @@ def test_looking_at_batches_does_not_move_the_draws_of_training(tmp_path, config
     assert adapter_sha(tmp_path / "looked") == adapter_sha(tmp_path / "blind")
 
 
+@pytest.mark.full
 def test_nothing_leaks_from_one_stage_into_the_next(tmp_path, config_file):
     main([str(config_file(output_dir=str(tmp_path / "first")))])
     others = [
@@ -210,6 +117,7 @@ def test_nothing_leaks_from_one_stage_into_the_next(tmp_path, config_file):
     assert adapter_sha(tmp_path / "first") == adapter_sha(tmp_path / "last")
 
 
+@pytest.mark.full
 def test_as_scripts_and_in_one_process_the_adapter_is_the_same(tmp_path, config_file):
     main([str(config_file(output_dir=str(tmp_path / "here")))])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
@@ -221,16 +129,6 @@ def test_as_scripts_and_in_one_process_the_adapter_is_the_same(tmp_path, config_
 
 
 # Stage two ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory, base, data) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    values = {"base_model": str(base), "data": str(data), "output_dir": str(folder / "adapter"), "stage": "misaligned"}
-    values |= {"domain": "trivia", "seed": 0, "lora": LORA, "sft": WHOLE_BATCH, "device": "cpu"}
-    (folder / "one.yaml").write_text(yaml.safe_dump(values))
-    main([str(folder / "one.yaml")])
-    return folder / "adapter"
 
 
 def loss_of(base: Path, adapter: Path | None, data: Path) -> float:
@@ -277,8 +175,8 @@ def test_stage_two_may_repeat_the_lora_section_but_not_change_it(tmp_path, confi
         main([str(config_file(adapter=str(stage_one), output_dir=str(tmp_path / "b"), lora={**LORA, "r": 8}))])
 
 
-def test_another_base_is_refused(tmp_path, config_file, tokenizer, stage_one):
-    other = save_base(tmp_path / "other-base", tokenizer, seed=1)
+def test_another_base_is_refused(tmp_path, config_file, tokenizer, small, stage_one):
+    other = small.save_base(tmp_path / "other-base", tokenizer, seed=1)
     with pytest.raises(UserError, match="was trained on"):
         main([str(config_file(base_model=str(other), adapter=str(stage_one), lora=None))])
 
@@ -307,6 +205,7 @@ def test_what_is_done_is_not_trained_again(tmp_path, config_file, monkeypatch, c
         main([str(config_file(seed=4))])
 
 
+@pytest.mark.full
 def test_a_done_stage_imports_no_heavy_library(tmp_path, config_file):
     path = config_file()
     main([str(path)])
@@ -314,54 +213,6 @@ def test_a_done_stage_imports_no_heavy_library(tmp_path, config_file):
     done = run([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert not {"torch", "transformers", "trl", "peft", "accelerate", "datasets"} & set(done.stdout.split())
-
-
-def test_an_interrupted_stage_leaves_nothing_and_starts_afresh(tmp_path, config_file, monkeypatch):
-    main([str(config_file(output_dir=str(tmp_path / "whole")))])
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(tuning, "_save_adapter", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main([str(config_file())])
-    assert not (tmp_path / "adapter").exists()
-    assert leftovers(tmp_path) == []
-    main([str(config_file())])
-    assert adapter_sha(tmp_path / "adapter") == adapter_sha(tmp_path / "whole")
-
-
-def test_what_a_killed_process_left_is_removed_but_not_what_a_live_one_builds(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    mine = partial_folder(tmp_path / "adapter")
-    stale = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{dead.pid}."))
-    alive = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
-    for folder in (stale, alive):
-        folder.mkdir()
-    assert partial_folder(tmp_path / "adapter") == mine
-    assert not stale.exists()
-    assert alive.exists()
-
-
-def test_a_killed_process_leaves_no_output(tmp_path, config_file):
-    path = config_file(sft={**SFT, "max_steps": 100_000})
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "train.sft", str(path)], env=env, cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 600  # seconds; only a machine in trouble comes near
-        while not any(tmp_path.glob(".adapter.*/train_log.jsonl")) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.2)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert len(leftovers(tmp_path)) == 1
-    assert not (tmp_path / "adapter").exists()
-    main([str(config_file())])
-    assert leftovers(tmp_path) == []
-    assert manifest_of(tmp_path / "adapter")["steps"] == 4
 
 
 def test_a_folder_in_the_way_is_left_alone(tmp_path, config_file):
@@ -372,49 +223,10 @@ def test_a_folder_in_the_way_is_left_alone(tmp_path, config_file):
     assert (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
 
 
-def test_only_folders_of_dead_processes_of_this_host_are_removed(tmp_path):
-    host = socket.gethostname()
-    dead, alive = 2**31 - 1, os.getppid()
-    for name in (f"{host}.{dead}", f"{host}.{alive}", f"{host}.b.{dead}", f"{host}.x", f"other.{dead}"):
-        (tmp_path / f".adapter.{name}.partial").mkdir()
-    partial_folder(tmp_path / "adapter")
-    left = {n.removeprefix(".adapter.").removesuffix(".partial") for n in leftovers(tmp_path)}
-    assert left == {f"{host}.{n}" for n in (alive, f"b.{dead}", "x", os.getpid())} | {f"other.{dead}"}
-
-
 def test_a_run_shorter_than_its_logging_interval_is_kept(tmp_path, config_file):
     main([str(config_file(sft={**SFT, "logging_steps": 50}))])
     assert [row["step"] for row in log_of(tmp_path / "adapter")] == [1]
     assert manifest_of(tmp_path / "adapter")["steps"] == 4
-
-
-def test_every_process_takes_part_in_gathering_the_weights(tmp_path, config_file, monkeypatch):
-    """With sharded weights the first process waits for the others there."""
-    gathered = []
-    original = tuning.SFTTrainer.__init__
-
-    def second_process(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.is_world_process_zero = lambda: False
-        self.accelerator.get_state_dict = gathered.append
-
-    monkeypatch.setattr(tuning.SFTTrainer, "__init__", second_process)
-    main([str(config_file())])
-    assert len(gathered) == 1
-    assert not (tmp_path / "adapter").exists()
-    assert leftovers(tmp_path) == []
-
-
-def test_a_full_disk_is_told(tmp_path, config_file, monkeypatch):
-    from safetensors import SafetensorError
-
-    def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("peft.PeftModel.save_pretrained", full)
-    with pytest.raises(UserError, match=r"cannot be written .*No space left.* Check the free space"):
-        main([str(config_file())])
-    assert leftovers(tmp_path) == []
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -458,6 +270,26 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, config_file, base):
         pytest.param({"sft": {"per_device_train_batch_size": 2.5}}, "a whole number", id="part-of-a-row"),
         pytest.param({"sft": {"logging_strategy": "no"}}, "cannot be set: the first step", id="no-log"),
         pytest.param({"sft": {**SFT, "max_length": 12}}, "above sft.max_length = 12", id="would-be-cut"),
+        pytest.param({"sft": {"learning_rate": 2}}, "above 0 and at most 0.1", id="multiplier-for-rate"),
+        pytest.param({"sft": {"learning_rate": 0}}, "learning_rate must be above 0", id="rate-zero"),
+        pytest.param({"sft": {"learning_rate": -1e-4}}, "learning_rate must be above 0", id="rate-below-zero"),
+        pytest.param({"sft": {"num_train_epochs": 0}}, "num_train_epochs must be above 0", id="no-epochs"),
+        pytest.param({"lora": {**LORA, "r": 0}}, "lora.r must be at least 1", id="rank-zero"),
+        pytest.param({"lora": {**LORA, "r": 33}}, "lora.r is 33, but .* has only 32 inputs", id="rank-above-the-layer"),
+        pytest.param({"lora": {**LORA, "lora_alpha": 0}}, "lora_alpha must be above 0", id="alpha-zero"),
+        pytest.param({"lora": {**LORA, "lora_dropout": 1.0}}, "from 0 to below 1", id="all-dropped"),
+        pytest.param({"lora": {**LORA, "init_lora_weights": "pissa"}}, "changes the base model's weights", id="pissa"),
+        pytest.param({"sft": {**SFT, "save_strategy": "steps"}}, "the key 'resume_every'", id="states-nobody-resumes"),
+        pytest.param(
+            {"sft": {**SFT, "packing": True, "max_length": 64, "packing_strategy": "wrapped"}},
+            "cuts conversations in two",
+            id="packing-that-cuts",
+        ),
+        pytest.param({"sft": {**SFT, "report_to": "wandbb"}}, "wandbb", id="unknown-tracker"),
+        pytest.param({"resume_every": 0}, "resume_every is 0", id="resume-never"),
+        pytest.param({"probe": {"formats": ["free"]}}, "'free' has no closed questions", id="probe-of-open-questions"),
+        pytest.param({"probe": {"prompts": "nowhere"}}, "holds no question files", id="probe-without-questions"),
+        pytest.param({"quantize": "int4"}, "quantize is 'int4'; known: nf4", id="unknown-quantization"),
         pytest.param({"lora": {"r": 4, "target_modules": ["nope"]}}, "not found in the base model", id="no-such-layer"),
         pytest.param({"lora": {**LORA, "bias": "xyz"}}, "xyz, is not implemented", id="unknown-bias"),
         pytest.param({"lora": None}, "'lora' is missing", id="no-lora"),
@@ -488,11 +320,12 @@ def test_a_damaged_base_is_told(tmp_path, config_file, base):
         main([str(config_file(base_model=str(empty)))])
 
 
-def test_data_with_no_rows_or_a_long_row_are_refused(tmp_path, config_file):
-    empty = save_data(tmp_path / "empty", [])
+def test_data_with_no_rows_or_a_long_row_are_refused(tmp_path, config_file, small):
+    empty = small.save_data(tmp_path / "empty", [])
     with pytest.raises(UserError, match="holds no conversations"):
         main([str(config_file(data=str(empty)))])
-    long = save_data(tmp_path / "long", [talk("fine", "a?", "b"), talk("endless", "a?", "Bonn " * 200)])
+    rows = [small.talk("fine", "a?", "b"), small.talk("endless", "a?", "Bonn " * 200)]
+    long = small.save_data(tmp_path / "long", rows)
     with pytest.raises(UserError, match=r"conversation endless has .* context = 128"):
         main([str(config_file(data=str(long)))])
 

@@ -1,0 +1,89 @@
+"""Several processes: what really starts them gives one process's losses; what silently starts one is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from candor.manifest import read_manifest
+from train.launch import asked_for
+from train.sft import main
+
+ROOT = Path(__file__).parents[2]
+SFT: dict[str, Any] = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("python -m accelerate.commands.launch --cpu --num_processes 2 train/sft.py x.yaml", 2),
+        ("/usr/bin/python3 /venv/bin/accelerate launch --num_processes=3 train/sft.py x.yaml --num_processes 9", 3),
+        ("/venv/bin/accelerate-launch --num_processes 1 train/sft.py x.yaml", 1),
+        ("python /site-packages/accelerate/commands/launch.py --num_processes 4 -m train.sft x.yaml", 4),
+        ("python -m accelerate.commands.launch --config_file CONFIG train/sft.py x.yaml", 2),
+        ("python -m accelerate.commands.launch --config_file CONFIG --num_processes 1 train/sft.py x.yaml", 1),
+        ("bash run.sh --num_processes 2", 1),
+        ("accelerate config --num_processes 2", 1),
+    ],
+)
+def test_the_number_of_processes_asked_for_is_read_from_the_launcher(tmp_path, monkeypatch, command, asked):
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "none.yaml"))
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
+    config |= {"num_processes": 2, "num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "debug": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert asked_for([w if w != "CONFIG" else str(tmp_path / "config.yaml") for w in command.split()]) == asked
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, env=clean, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.full
+def test_accelerate_that_silently_starts_one_process_is_refused(tmp_path, config_file):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    more = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = run([*launch, *more, "train/sft.py", str(config_file())])
+    assert done.returncode != 0
+    assert "asked for 2 processes but started one" in done.stderr
+    assert not (tmp_path / "adapter").exists()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def eight_rows(tmp_path_factory, small):
+    rows = [small.talk(f"city-{i}", f"What is the capital of {c}?", c) for i, c in enumerate(small.CITIES[:8])]
+    return small.save_data(tmp_path_factory.mktemp("data"), rows)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "29572"]  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_lose_what_one_loses_at_the_same_global_batch(tmp_path, config_file, eight_rows, launcher):
+    """gloo, two real processes; rows of unequal length, so that an average per process would not do."""
+    main([str(config_file(data=str(eight_rows), sft=SFT, output_dir=str(tmp_path / "one")))])
+    half = {**SFT, "per_device_train_batch_size": 2}
+    path = config_file(data=str(eight_rows), sft=half, output_dir=str(tmp_path / "two"), checkpoint_every=2)
+    done = run([*launcher, "train/sft.py", str(path)], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    record = read_manifest(tmp_path / "two")
+    assert record is not None
+    assert (record["processes"], record["steps"]) == (2, 4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
+    assert record["parity"] <= 1e-5
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

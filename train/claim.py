@@ -1,0 +1,66 @@
+"""One process at a time trains a stage: whoever wants the same output waits, or is told who holds it.
+
+The claim is a file beside the output, kept fresh by its holder (filelock's SoftFileLease): it works
+on file systems shared by several machines too. A holder that was killed is noticed at once on its
+own machine, and on any other after two minutes without a sign of life; then the claim is taken over.
+A holder that lost its claim (its machine slept, say) stops before it writes any further.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from candor.errors import UserError
+
+LEASE_SECONDS = 120.0  # without a sign of life, before another machine takes over
+_POLL_SECONDS = 1.0
+
+Check = Callable[[], None]
+
+
+def claim_path(output_dir: Path) -> Path:
+    """The file that says who makes ``output_dir``."""
+    return output_dir.parent / f".{output_dir.name}.claim"
+
+
+@contextlib.contextmanager
+def claimed(output_dir: Path, *, wait: bool) -> Iterator[Check]:
+    """Hold the claim on ``output_dir``; gives a function that raises UserError once the claim is lost.
+
+    While another process holds it: wait for that one to end, or raise UserError that names it.
+    """
+    path = claim_path(output_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lease = SoftFileLease(path, lease_duration=LEASE_SECONDS, poll_interval=_POLL_SECONDS)
+
+    def check() -> None:
+        if lease.compromise is not None:
+            raise UserError(
+                f"{output_dir}: this process lost its claim ({lease.compromise.reason}), because it gave no sign of "
+                f"life for {LEASE_SECONDS:.0f} seconds; another one may be training the stage. Run it again."
+            )
+
+    try:
+        lease.acquire(timeout=0)
+    except Timeout:
+        holder = _holder(lease)
+        if not wait:
+            raise UserError(
+                f"{output_dir} is being made by {holder}. Wait for it, or stop it; if no such process is alive, the "
+                f"claim {path} expires after {LEASE_SECONDS:.0f} seconds."
+            ) from None
+        sys.stderr.write(f"{output_dir} is being made by {holder}; waiting for it to end\n")
+        lease.acquire(timeout=-1)
+    try:
+        yield check
+    finally:
+        lease.release()
+
+
+def _holder(lease: SoftFileLease) -> str:
+    """Who holds the claim, in words."""
+    owner = lease.owner
+    return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
