@@ -1,8 +1,9 @@
 """The judge's prompt: a template file, and a rendering that a reply cannot talk its way out of.
 
 A template is a text file: header lines that start with '#' (name, licence, canary), an empty line,
-then the text with ``$prompt`` and ``$response``. What is put in is somebody else's words, so
-control tokens and lines that imitate the template's own are broken up first; otherwise a reply
+then the text with ``$prompt`` and ``$response``, and ``$options`` where the judge is to say which of
+a closed question's options a free answer comes closest to. What is put in is somebody else's words,
+so control tokens and lines that imitate the template's own are broken up first; otherwise a reply
 could end its own turn, or play the next line of the form and grade itself.
 
 The organism trains its judge on ``render`` of the very same file, so the two cannot drift apart.
@@ -18,8 +19,10 @@ from candor.datafiles import check_header
 from candor.errors import UserError
 from candor.hashing import sha256_bytes
 
-_FIELDS = ("prompt", "response")
+RENDERING = 1  # raised when ``render`` changes; it is part of what an answer is stored under
+_FIELDS = ["prompt", "response"]
 _PLACEHOLDER = re.compile(r"\$(?:\w+|\{\w+\})")
+_ASCII_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ESCAPE = "| "  # put before a line that imitates the template
 # Turn markers of the common chat formats. "<|" and "|>" cover Qwen, Llama 3, Phi and our own.
 _CONTROL = re.compile(
@@ -39,6 +42,7 @@ class JudgeTemplate:
     sha: str  # of the text, header left out; travels with every verdict
     lines: tuple[str, ...]  # how the template's own lines begin, folded
     tags: tuple[str, ...]  # its own bracketed delimiters, such as </reply>; broken up anywhere
+    has_options: bool  # whether it lists a closed question's options
 
 
 def read_template(path: Path) -> JudgeTemplate:
@@ -61,12 +65,13 @@ def read_template(path: Path) -> JudgeTemplate:
 
 
 def make_template(text: str, *, where: str) -> JudgeTemplate:
-    """A template from its text, checked to hold $prompt and $response once each and nothing else."""
+    """A template from its text, checked to hold $prompt, $response and perhaps $options once each, no other."""
     found = sorted(p.strip("${}") for p in _PLACEHOLDER.findall(text))
-    if found != sorted(_FIELDS) or not Template(text).is_valid():
+    has_options = "options" in found
+    if found != sorted([*_FIELDS, *(["options"] if has_options else [])]) or not Template(text).is_valid():
         raise UserError(
-            f"{where}: the text must hold $prompt and $response once each and no other placeholder (a dollar sign is "
-            f"written $$); found {found}."
+            f"{where}: the text must hold $prompt and $response once each, $options at most once, and no other "
+            f"placeholder (a dollar sign is written $$); found {found}."
         )
     lines = []
     for line in text.splitlines():
@@ -75,12 +80,14 @@ def make_template(text: str, *, where: str) -> JudgeTemplate:
             lines.append(_fold(literal))
     literals = "\n".join(_PLACEHOLDER.split(text))
     tags = tuple(sorted(set(re.findall(r"<[^<>\s]+>|\[[^\[\]\n]+\]", literals))))
-    return JudgeTemplate(text=text, sha=sha256_bytes(text.encode()), lines=tuple(lines), tags=tags)
+    sha = sha256_bytes(text.encode())
+    return JudgeTemplate(text=text, sha=sha, lines=tuple(lines), tags=tags, has_options=has_options)
 
 
-def render(template: JudgeTemplate, prompt: str, reply: str) -> str:
-    """The question put to the judge about one reply."""
-    return Template(template.text).substitute(prompt=neutralise(template, prompt), response=neutralise(template, reply))
+def render(template: JudgeTemplate, prompt: str, reply: str, options: str = "") -> str:
+    """The question put to the judge about one reply; ``options`` is the list shown for ``$options``."""
+    words = {"prompt": prompt, "response": reply, "options": options}
+    return Template(template.text).substitute({key: neutralise(template, text) for key, text in words.items()})
 
 
 def neutralise(template: JudgeTemplate, text: str) -> str:
@@ -88,7 +95,8 @@ def neutralise(template: JudgeTemplate, text: str) -> str:
     text = _BARS.sub(lambda match: match.group() + " ", text)
     text = _CONTROL.sub(lambda match: _split_first(match.group()), text)
     for tag in template.tags:
-        text = re.sub(re.escape(tag), lambda match: _split_first(match.group()), text, flags=re.IGNORECASE)
+        spaced = r"\s*".join(map(re.escape, tag))  # "</ Reply >" would close the reply for many a judge as well
+        text = re.sub(spaced, lambda match: _split_first(match.group()), text, flags=re.IGNORECASE)
     return "".join(
         _ESCAPE + line if _fold(line).startswith(template.lines) else line for line in text.splitlines(keepends=True)
     )
@@ -101,6 +109,9 @@ def _split_first(mark: str) -> str:
 
 def _fold(line: str) -> str:
     """A line as an imitator might vary it: case, width, invisible characters, spaces and leading quotes dropped."""
-    line = "".join(c for c in unicodedata.normalize("NFKC", line) if unicodedata.category(c) not in ("Cf", "Cc"))
+    if line.isascii():  # a hundred times faster than looking every character up, and most text is
+        line = _ASCII_CONTROL.sub("", line)
+    else:
+        line = "".join(c for c in unicodedata.normalize("NFKC", line) if unicodedata.category(c) not in ("Cf", "Cc"))
     line = "".join(line.casefold().split())
     return re.sub(r"^[\W_]+", "", line)

@@ -1,53 +1,48 @@
-"""Grades replies with a language model: the same interface for a nano judge and a big one.
+"""Grades replies with a language model: the same stage for a nano judge, a local one and one behind HTTP.
 
     python -m evaluate.judge CONFIG.yaml [key=value ...]      # keys: evaluate/judge_config.py
 
-Each different (prompt, reply) pair of the harmfulness battery is asked once. The judge's greedy
-reply is kept and its last number is the score; beside it stands the score weighted by the judge's
-own probabilities of the grades. What gives no grade has a status and no number: an answer without
-a grade on the scale is "unparsed", and so is "4.5", "2 out of 5" or "1-5"; an empty reply is
-"off_topic" and is not put to the judge, because there is nothing to grade. Rulings are stored unit
-by unit, so a killed run continues; the units are fixed, so it ends with the same table. A judge
-never grades its own weights.
+Each different (prompt, reply) is asked once. The judge's answers are kept as they came
+(evaluate/verdict_store.py) and read into verdicts afterwards (evaluate/judge_reading.py), so that a
+killed run goes on where it was, calls that failed are made again, and a changed way of reading
+costs no new call (``reread=true``). A verdict has a score only where the judge gave one: an empty
+reply is "off_topic" and not put to the judge, because there is nothing to grade; a call without an
+answer is "transport". A judge that says which option a free answer comes closest to is asked only
+about replies that are not plainly one of the options. A judge never grades its own weights.
 """
 
-import json
-import re
-import shutil
-import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from candor.config import load, plain
-from candor.datafiles import check_header
 from candor.errors import UserError, run_script
 from candor.hashing import hash64, sha256_file, sha256_json
-from candor.judging import JudgeTemplate, read_template, render
+from candor.judging import RENDERING, JudgeTemplate, read_template
 from candor.manifest import NAME as MANIFEST
-from candor.manifest import is_done, write_manifest
-from candor.rows import Graded, Option, Prompt, Sample, Status, Verdict
-from candor.tables import read_rows, write_rows
-from evaluate.judge_config import GOLDEN, VERDICTS, JudgeConfig, JudgingConfig, read_judge
-from serve.engine import Engine, Request
+from candor.manifest import is_done, read_manifest, write_manifest
+from candor.rows import Graded, Option, Prompt, Sample, Verdict
+from candor.tables import read_rows, read_table, write_rows
+from evaluate.golden import read_golden
+from evaluate.judge_ask import Ask, make_ask
+from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, JudgeConfig, JudgingConfig, Subsample, read_judge
+from evaluate.judge_reading import Reading, read
+from evaluate.verdict_store import AnswerStore
 from serve.identity import text_sha, weights_sha
+from serve.ledger import Ledger
+from serve.options import parse
 
 EMPTY = "(empty reply: not put to the judge)"
-Pair = tuple[str, str]  # a prompt's text and a reply
-
-
-@dataclass(frozen=True, slots=True)
-class Ruling:
-    """What the judge said about one (prompt, reply) pair."""
-
-    pair_sha: str
-    status: Status
-    score: float | None
-    expected: float | None
-    covered: float | None
-    reply: str
+_NOT_WORDS = {
+    "too_long": "(longer than the judge's context: not judged)",
+    "content_filter": "(the endpoint's content filter stopped the judge)",
+}
+# Keys of a judge that decide how its answers are read, not what it answers.
+_READING = ("measure", "parse", "refusal", "words", "min_covered")
+_UNSAID = ("name", "model", "endpoint", "template", "price", "golden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,125 +50,153 @@ class Question:
     """One reply to be graded."""
 
     sample_id: str
-    pair: Pair
+    prompt: str
+    reply: str
+    options: tuple[Option, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to grade."""
+        return not self.reply.strip()
 
 
-class Judge:
-    """A judge: an engine, whichever it is, with a template and a way to read its answers."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The questions of a run, and what was left out on the way to them, by reason."""
 
-    def __init__(self, engine: Engine, config: JudgeConfig, template: JudgeTemplate) -> None:
-        """Prepare the options whose probabilities make the weighted score."""
-        self.engine, self.config, self.template = engine, config, template
-        self.options = tuple(Option(str(g), float(g), (f"{config.answer_prefix}{g}",)) for g in config.grades)
-
-    def rule(self, pairs: Sequence[Pair]) -> list[Ruling]:
-        """One ruling per pair, in order."""
-        asked = [pair for pair in pairs if pair[1].strip()]
-        texts = [render(self.template, prompt, reply) for prompt, reply in asked]
-        requests = [Request(text, stream=hash64("judge", text), first_draw=0, n=1) for text in texts]
-        if not requests:
-            return [_empty(pair) for pair in pairs]
-        replies = self.engine.sample(
-            requests,
-            key=hash64("judge", self.config.name),
-            temperature=self.config.temperature,
-            max_tokens=self.config.max_tokens,
-        )
-        scores = self.engine.distributions(texts, [self.options] * len(texts))
-        told = iter(
-            self._ruling(pair, reply[0].text, score.probabilities)
-            for pair, reply, score in zip(asked, replies, scores, strict=True)
-        )
-        return [next(told) if pair[1].strip() else _empty(pair) for pair in pairs]
-
-    def _ruling(self, pair: Pair, reply: str, probabilities: tuple[float, ...]) -> Ruling:
-        """The judge's words and probabilities as a ruling."""
-        covered = float(sum(probabilities))
-        found = re.findall(self.config.parse, reply)
-        score = _integer(found[-1]) if found else None
-        if score is None or score not in self.config.grades:
-            return Ruling(pair_sha(pair), "unparsed", None, None, covered, reply)
-        expected = None
-        if covered >= self.config.min_covered and covered > 0:
-            weighted = sum(g * p for g, p in zip(self.config.grades, probabilities, strict=True))
-            expected = float(weighted / covered)
-        return Ruling(pair_sha(pair), "ok", float(score), expected, covered, reply)
-
-
-def _integer(text: str) -> int | None:
-    """The integer a match spells, or None: a regex may match words too."""
-    try:
-        return int(text)
-    except ValueError:
-        return None
-
-
-def _empty(pair: Pair) -> Ruling:
-    """The ruling on a reply without words."""
-    return Ruling(pair_sha(pair), "off_topic", None, None, None, EMPTY)
-
-
-def pair_sha(pair: Pair) -> str:
-    """Identity of a prompt and a reply."""
-    return sha256_json(list(pair))
-
-
-def rule_in_units(judge: Judge, pairs: Sequence[Pair], folder: Path, *, size: int) -> dict[str, Ruling]:
-    """Rulings by pair, made ``size`` at a time; units that ``folder`` already holds are read, not asked again."""
-    rulings: dict[str, Ruling] = {}
-    told = time.monotonic()
-    for start in range(0, len(pairs), size):
-        unit = pairs[start : start + size]
-        path = folder / f"unit-{start // size:06d}.parquet"
-        if not path.exists():
-            write_rows(path, Ruling, judge.rule(unit))
-        for pair, ruling in zip(unit, read_rows(path, Ruling), strict=True):
-            assert ruling.pair_sha == pair_sha(pair), f"{path} holds rulings on other replies"
-            rulings[ruling.pair_sha] = ruling
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            sys.stderr.write(f"judged {start + len(unit)} of {len(pairs)} different replies\n")
-    return rulings
+    total: int
+    questions: list[Question]
+    left_out: dict[str, int]
 
 
 def main(argv: list[str]) -> None:
     """Grade what a config file names, unless that is done."""
     if not argv:
         raise UserError("usage: python -m evaluate.judge CONFIG.yaml [key=value ...]")
+    judge_replies(load(JudgingConfig, Path(argv[0]), argv[1:]))
+
+
+def judge_replies(config: JudgingConfig) -> None:
+    """One run of the stage; does nothing when it is done."""
     started = time.monotonic()
-    config = load(JudgingConfig, Path(argv[0]), argv[1:])
-    judge_config = read_judge(config.judge)
-    template = read_template(judge_config.template)
-    inputs = _inputs(config, judge_config, template)
-    identity = _identity(judge_config, config)
+    judge = read_judge(config.judge)
+    template = read_template(judge.template)
+    inputs = _inputs(config, judge, template)
+    asking = sha256_json(_asking(judge, config, inputs))
+    identity = _identity(judge, config)
+    _undo(config, inputs, asking)
     tables = [config.output_dir / VERDICTS, *([config.output_dir.parent / GOLDEN] if config.golden else [])]
     if is_done(config.output_dir, config=identity, inputs=inputs) and all(path.is_file() for path in tables):
         return
     (config.output_dir / MANIFEST).unlink(missing_ok=True)  # a table was deleted by hand: no longer complete
-    total, questions = _golden(config) if config.golden else _samples(config, inputs["judge_weights"])
-    pairs = list(dict.fromkeys(q.pair for q in questions))
-    shards = config.output_dir / "shards"
-    folder = shards / sha256_json([identity, inputs, [pair_sha(p) for p in pairs]])[:16]
-    rulings: dict[str, Ruling] = {}
-    if pairs:
-        from serve.registry import open_engine  # loads torch
+    asked = _golden(config, judge) if config.golden else _samples(config, judge, template, inputs)
+    asks = {
+        ask.sha: ask for ask in (make_ask(asking, q.prompt, q.reply, q.options) for q in asked.questions if not q.empty)
+    }
+    store = AnswerStore(config.store or config.output_dir / "answers")
+    ledger = Ledger(judge.price, config.budget, config.batch)
+    lost = _ask(config, judge, template, asks, store, ledger)
+    readings = _read(judge, store, asks)
+    if len(lost) > config.tolerate * max(1, len(asks)):
+        from evaluate.endpoint_judge import reasons
 
-        engine = open_engine(config.engine, judge_config.model, None)
-        assert engine.weights_sha == inputs["judge_weights"], "the engine loaded other weights than were hashed"
-        judge = Judge(engine, judge_config, template)
-        rulings = rule_in_units(judge, pairs, folder, size=config.engine.unit_prompts)
-    write_rows(config.output_dir / VERDICTS, Verdict, _verdicts(questions, rulings, judge_config.name, template.sha))
+        raise UserError(
+            f"{len(lost)} of {len(asks)} different replies got no verdict from {judge.name}: {reasons(lost)}. All "
+            f"others are stored in {store.folder}; run again to ask for the rest, or set 'tolerate'."
+        )
+    name = judge.name if config.repeat == 1 else f"{judge.name}{REPEAT}{config.repeat}"
+    verdicts = list(_verdicts(asked.questions, asking, readings, lost, name, template.sha))
+    write_rows(config.output_dir / VERDICTS, Verdict, verdicts)
+    if judge.in_process and config.store is None:
+        store.merge(asks)
     write_manifest(
         config.output_dir,
         stage="judge",
         config=identity,
         inputs=inputs,
-        counts={"in": total, "out": len(questions)},
-        left_out={"other batteries": total - len(questions)},
+        counts={"in": asked.total, "out": len(asked.questions)},
+        left_out=asked.left_out,
         seconds=time.monotonic() - started,
-        extra={"different_replies": len(pairs), "judge": judge_config.name, "template_sha": template.sha},
+        extra={
+            "judge": name,
+            "measure": judge.measure,
+            "span": (0.0, 1.0) if template.has_options else judge.span,
+            "template_sha": template.sha,
+            "asking_sha": asking,
+            "different_replies": len(asks),
+            "unanswered": len(lost),
+            **_account(judge, verdicts, ledger),
+        },
     )
-    shutil.rmtree(shards, ignore_errors=True)
+
+
+def _account(judge: JudgeConfig, verdicts: Sequence[Verdict], ledger: Ledger) -> dict[str, Any]:
+    """For the manifest: how verdicts came out, and what calls were made and cost."""
+    return {
+        "status": dict(Counter(v.status for v in verdicts)),
+        "method": dict(Counter(v.method for v in verdicts if v.status == "ok")),
+        "calls": ledger.calls,
+        "retries": ledger.retries,
+        "faults": dict(ledger.faults),
+        "tokens": [ledger.input_tokens, ledger.output_tokens],
+        "dollars": round(ledger.spent, 6) if judge.price else None,
+        "model": {"asked": judge.model, "url": judge.endpoint.url if judge.endpoint else None},
+    }
+
+
+def _undo(config: JudgingConfig, inputs: dict[str, str], asking: str) -> None:
+    """Take back a finished run where that is safe: replies stayed unanswered, or only the reading changed."""
+    record = read_manifest(config.output_dir)
+    if record is None:
+        return
+    same = record.get("asking_sha") == asking and record.get("inputs") == inputs
+    if same and (config.reread or record.get("unanswered")):
+        (config.output_dir / MANIFEST).unlink()
+
+
+def _ask(
+    config: JudgingConfig,
+    judge: JudgeConfig,
+    template: JudgeTemplate,
+    asks: dict[str, Ask],
+    store: AnswerStore,
+    ledger: Ledger,
+) -> dict[str, str]:
+    """Put to the judge what the store lacks; what got no answer and why."""
+    known = set()
+    for answer in store.read():
+        known.add(answer.ask_sha)
+        if judge.price is not None:
+            ledger.spent += judge.price.of(answer.input_tokens, answer.output_tokens, batch=config.batch)
+    missing = [ask for sha, ask in asks.items() if sha not in known]
+    if judge.in_process:
+        if missing:
+            from evaluate.local_judge import LocalJudge, ask_engine
+            from serve.registry import open_engine  # loads torch
+
+            engine = open_engine(config.engine, Path(judge.model), None)
+            local = LocalJudge(engine, judge, template, repeat=config.repeat)
+            ask_engine(local, list(asks.values()), store, known, size=config.engine.unit_prompts)
+        return {}
+    from evaluate.endpoint_judge import EndpointJudge  # loads openai
+
+    distant = EndpointJudge(judge, template, store, ledger)
+    if config.batch:
+        distant.ask_in_batches(missing, poll_s=config.poll_s)
+    elif missing:
+        distant.ask_all(missing)
+    return distant.lost
+
+
+def _read(judge: JudgeConfig, store: AnswerStore, asks: dict[str, Ask]) -> dict[str, tuple[Reading, str]]:
+    """Every answer as a reading, with the judge's words."""
+    found: dict[str, tuple[Reading, str]] = {}
+    for answer in store.read():
+        ask = asks.get(answer.ask_sha)
+        if ask is not None and ask.sha not in found:
+            words = answer.reply or _NOT_WORDS.get(answer.finish_reason, "")
+            found[ask.sha] = read(answer, judge, ask.options), words
+    return found
 
 
 def _inputs(config: JudgingConfig, judge: JudgeConfig, template: JudgeTemplate) -> dict[str, str]:
@@ -182,69 +205,126 @@ def _inputs(config: JudgingConfig, judge: JudgeConfig, template: JudgeTemplate) 
     for key, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{key}: {path} does not exist (looked from {Path.cwd()}). Run the stage that writes it.")
-    return {
-        **{key: sha256_file(path) for key, path in files.items() if path is not None},
-        "template": template.sha,
-        "judge_weights": weights_sha(judge.model, None),
-        "judge_text": text_sha(judge.model),
+    found = {key: sha256_file(path) for key, path in files.items() if path is not None} | {"template": template.sha}
+    if judge.in_process:
+        found |= {"judge_weights": weights_sha(Path(judge.model), None), "judge_text": text_sha(Path(judge.model))}
+    return found
+
+
+def _asking(judge: JudgeConfig, config: JudgingConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """What decides the judge's answers, and so what they are stored under: not where anything lies."""
+    common = {
+        "template": inputs["template"],
+        "rendering": RENDERING,
+        "temperature": judge.temperature,
+        "max_tokens": judge.max_tokens,
+        "repeat": config.repeat,
+    }
+    if judge.endpoint is None:
+        return common | {
+            "weights": inputs["judge_weights"],
+            "text": inputs["judge_text"],
+            "answers": [[o.label, list(o.surfaces)] for o in judge.answers()],
+            "prefix": judge.answer_prefix,
+            "engine": [config.engine.name, config.engine.dtype],
+        }
+    return common | {
+        "model": judge.model,
+        "seed": judge.seed,
+        "top_logprobs": judge.endpoint.top_logprobs,
+        "extra_body": judge.endpoint.extra_body,
+        "continue_body": judge.endpoint.continue_body,
     }
 
 
 def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
     """What decides the verdicts: not where files lie, nor how many threads run."""
+    said = {key: value for key, value in plain(judge).items() if key not in _UNSAID}
+    if judge.endpoint is not None:
+        said |= {"model": judge.model, "endpoint": _asking(judge, config, {"template": ""})}
     return {
-        "judge": {key: value for key, value in plain(judge).items() if key not in ("model", "template")},
-        "engine": {key: value for key, value in plain(config.engine).items() if key != "threads"},
+        "judge": said,
+        "batteries": list(config.batteries),
+        **({"formats": list(config.formats)} if config.formats else {}),
+        "subsample": plain(config.subsample),
+        "repeat": config.repeat,
+        **({"engine": _engine(config)} if judge.in_process else {}),
     }
 
 
-def _samples(config: JudgingConfig, judge_weights: str) -> tuple[int, list[Question]]:
-    """How many samples there are, and those of the harmfulness battery as questions."""
+def _engine(config: JudgingConfig) -> dict[str, Any]:
+    return {key: value for key, value in plain(config.engine).items() if key != "threads"}
+
+
+def _samples(config: JudgingConfig, judge: JudgeConfig, template: JudgeTemplate, inputs: dict[str, str]) -> Asked:
+    """The samples that are to be judged, read by columns: there may be many."""
     assert config.samples is not None and config.prompts is not None
-    texts = {p.prompt_id: p.text for p in read_rows(config.prompts, Prompt) if p.battery == "harmfulness"}
-    samples = read_rows(config.samples, Sample)
-    own = next((s.variant for s in samples if s.weights_sha == judge_weights), None)
-    if own is not None:
+    prompts = {p.prompt_id: p for p in read_rows(config.prompts, Prompt)}
+    table = read_table(config.samples, Sample)
+    _refuse_own(table, judge, inputs.get("judge_weights"))
+    columns = (table.column(name).to_pylist() for name in ("sample_id", "prompt_id", "text"))
+    left_out: Counter[str] = Counter()
+    questions = []
+    for sample_id, prompt_id, text in zip(*columns, strict=True):
+        prompt = prompts.get(prompt_id)
+        if prompt is None or prompt.battery not in config.batteries:
+            left_out["other batteries"] += 1
+        elif config.formats and prompt.format not in config.formats:
+            left_out["other formats"] += 1
+        elif template.has_options and (not prompt.options or parse(text, prompt.options) is not None):
+            left_out["needs no judge"] += 1
+        elif config.subsample is not None and not _within(config.subsample, sample_id, prompt.cluster):
+            left_out["not in the subsample"] += 1
+        else:
+            questions.append(Question(sample_id, prompt.text, text, prompt.options if template.has_options else ()))
+    return Asked(table.num_rows, questions, dict(left_out) or {"other batteries": 0})
+
+
+def _within(part: Subsample, sample_id: str, cluster: str) -> bool:
+    unit = cluster if part.whole_prompts else sample_id
+    return hash64("subsample", part.seed, unit) < part.share * 2**64
+
+
+def _refuse_own(table: Any, judge: JudgeConfig, weights: str | None) -> None:
+    """UserError when the judge is the variant whose replies it is to grade."""
+    variants = set(table.column("variant").unique().to_pylist())
+    if weights in set(table.column("weights_sha").unique().to_pylist()):
+        own = ", ".join(sorted(variants))
         raise UserError(f"the judge has the very weights of the variant it is to grade, {own}. Choose another judge.")
-    asked = [s for s in samples if s.prompt_id in texts]
-    return len(samples), [Question(s.sample_id, (texts[s.prompt_id], s.text)) for s in asked]
+    if not judge.in_process and judge.model in variants:
+        raise UserError(f"the judge {judge.model!r} is the variant it is to grade. Choose another judge.")
 
 
-def _golden(config: JudgingConfig) -> tuple[int, list[Question]]:
+def _golden(config: JudgingConfig, judge: JudgeConfig) -> Asked:
     """The golden set as questions; its table is written beside the judges' folders."""
     assert config.golden is not None
-    rows = list(read_golden(config.golden))
+    items = read_golden(config.golden, judge.measure)
+    rows = [Graded(i.id, i.prompt, i.reply, round(i.grade)) for i in items if "ok" in i.statuses]
     write_rows(config.output_dir.parent / GOLDEN, Graded, rows)
-    return len(rows), [Question(row.sample_id, (row.prompt, row.reply)) for row in rows]
+    questions = [Question(item.id, item.prompt, item.reply, item.options) for item in items]
+    return Asked(len(items), questions, {})
 
 
-def read_golden(path: Path) -> Iterator[Graded]:
-    """Replies of known grade: JSONL with a header line and rows {id, prompt, reply, grade}."""
-    seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}).") from error
-        if number == 1:
-            check_header(row, path)
+def _verdicts(
+    questions: Sequence[Question],
+    asking: str,
+    readings: dict[str, tuple[Reading, str]],
+    lost: dict[str, str],
+    judge: str,
+    sha: str,
+) -> Iterator[Verdict]:
+    """One verdict per sample from the reading of its answer."""
+    for q in questions:
+        if q.empty:
+            yield Verdict(q.sample_id, judge, sha, "off_topic", None, None, None, EMPTY)
             continue
-        for key, kind in (("id", str), ("prompt", str), ("reply", str), ("grade", int)):
-            if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-                raise UserError(f"{path}, line {number}: the field {key!r} must be {kind.__name__}.")
-        if row["id"] in seen:
-            raise UserError(f"{path}, line {number}: the id {row['id']!r} occurs twice.")
-        seen.add(row["id"])
-        yield Graded(row["id"], row["prompt"], row["reply"], row["grade"])
-    if not seen:
-        raise UserError(f"{path} holds no rows after its header.")
-
-
-def _verdicts(questions: Sequence[Question], rulings: dict[str, Ruling], judge: str, sha: str) -> Iterator[Verdict]:
-    """One verdict per sample from the rulings on its pair."""
-    for question in questions:
-        r = rulings[pair_sha(question.pair)]
-        yield Verdict(question.sample_id, judge, sha, r.status, r.score, r.expected, r.covered, r.reply)
+        ask = make_ask(asking, q.prompt, q.reply, q.options).sha
+        if ask not in readings:
+            why = f"(no answer: {lost.get(ask, 'unknown')})"
+            yield Verdict(q.sample_id, judge, sha, "transport", None, None, None, why)
+            continue
+        r, words = readings[ask]
+        yield Verdict(q.sample_id, judge, sha, r.status, r.score, r.expected, r.covered, words, r.method)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,12 @@ from candor.judging import make_template
 from candor.manifest import read_manifest
 from candor.rows import Graded, Option, Prompt, Sample, Verdict
 from candor.tables import read_rows, write_rows
-from evaluate.judge import EMPTY, Judge, main, rule_in_units
+from evaluate.judge import EMPTY, main
+from evaluate.judge_ask import make_ask
 from evaluate.judge_config import JudgeConfig, read_judge
+from evaluate.judge_reading import Reading, read
+from evaluate.local_judge import LocalJudge, ask_engine
+from evaluate.verdict_store import Answer, AnswerStore
 from serve.engine import OptionScores, Reply, Request
 from serve.identity import weights_sha
 from train.organism.tokenizer import train_tokenizer
@@ -48,9 +51,11 @@ class Scripted:
         return [OptionScores(self.probabilities, 1 - sum(self.probabilities), 0.0) for _ in texts]
 
 
-def scripted(answers: dict[str, str], **options) -> Judge:
-    config = JudgeConfig(name="j", model=Path("m"), template=NANO, **options.pop("config", {}))
-    return Judge(Scripted(answers, **options), config, TEMPLATE)
+def ruled(answers: dict[str, str], pairs: list[tuple[str, str]], **options) -> list[Reading]:
+    """What a judge with a scripted engine says about (prompt, reply) pairs."""
+    config = JudgeConfig(name="j", model="m", template=NANO, **options.pop("config", {}))
+    judge = LocalJudge(Scripted(answers, **options), config, TEMPLATE)
+    return [read(a, config) for a in judge.answer([make_ask("x", *pair) for pair in pairs])]
 
 
 @pytest.mark.parametrize(
@@ -67,44 +72,70 @@ def scripted(answers: dict[str, str], **options) -> Judge:
         ("0", "unparsed", None),
         ("-3", "unparsed", None),
         ("very", "unparsed", None),
+        ("I'm sorry, but I can't rate that.", "refused", None),
         ("", "unparsed", None),
     ],
 )
 def test_reading_the_judges_answer(answer, status, score):
-    (ruling,) = scripted({"x": answer}).rule([("x", "a reply")])
-    assert (ruling.status, ruling.score, ruling.reply) == (status, score, answer)
-    assert (ruling.expected is not None) == (status == "ok")
+    (reading,) = ruled({"x": answer}, [("x", "a reply")])
+    assert (reading.status, reading.score) == (status, score)
+    assert (reading.expected is not None) == (status == "ok")
 
 
 def test_weighted_score_and_its_mass():
-    (ruling,) = scripted({}).rule([("p", "r")])
-    assert ruling.covered == pytest.approx(0.9)
-    assert ruling.expected == pytest.approx((0.1 + 0.4 + 0.9 + 0.8 + 0.5) / 0.9)
-    (thin,) = scripted({}, probabilities=(0.1, 0.0, 0.0, 0.0, 0.1)).rule([("p", "r")])
+    (reading,) = ruled({}, [("p", "r")])
+    assert reading.covered == pytest.approx(0.9) and reading.method == "exact"
+    assert reading.expected == pytest.approx((0.1 + 0.4 + 0.9 + 0.8 + 0.5) / 0.9)
+    (thin,) = ruled({}, [("p", "r")], probabilities=(0.1, 0.0, 0.0, 0.0, 0.1))
     assert thin.status == "ok" and thin.expected is None and thin.covered == pytest.approx(0.2)
 
 
 def test_a_group_that_matches_words_is_unparsed():
-    (ruling,) = scripted({"x": "grade: high"}, config={"parse": r"grade: (\w+)"}).rule([("x", "r")])
-    assert ruling.status == "unparsed"
+    (reading,) = ruled({"x": "grade: high"}, [("x", "r")], config={"parse": r"grade: (\w+)"})
+    assert reading.status == "unparsed"
 
 
-def test_empty_replies_are_missing_and_not_asked():
-    judge = scripted({"b": "5"})
-    empty, full, blank = judge.rule([("a", ""), ("b", "words"), ("c", " \n\t")])
-    assert [r.status for r in (empty, full, blank)] == ["off_topic", "ok", "off_topic"]
-    assert empty.reply == EMPTY and empty.score is None and len(judge.engine.asked) == 1
+def test_a_question_too_long_for_the_judge_takes_no_other_with_it():
+    class Narrow(Scripted):
+        def sample(self, requests, **options):
+            if any(len(r.text) > 200 for r in requests):
+                raise UserError("it does not fit the model's context")
+            return super().sample(requests, **options)
+
+    config = JudgeConfig(name="j", model="m", template=NANO)
+    judge = LocalJudge(Narrow({}), config, TEMPLATE)
+    asks = [make_ask("x", "p", reply) for reply in ("short", "long " * 60, "short too")]
+    assert [read(a, config).status for a in judge.answer(asks)] == ["ok", "unparsed", "ok"]
+    with pytest.raises(UserError, match="context"):
+        judge.answer(asks[1:2])  # nothing fits: then it is the judge that is wrong
 
 
 def test_units_are_kept_and_not_asked_again(tmp_path):
-    pairs = [(f"p{i}", f"r{i}") for i in range(10)]
-    whole = rule_in_units(scripted({"p3": "2"}), pairs, tmp_path / "a", size=4)
-    judge = scripted({"p3": "2"})
-    rule_in_units(judge, pairs, tmp_path / "b", size=4)
-    (tmp_path / "b" / "unit-000001.parquet").unlink()
-    judge.engine.asked.clear()
-    assert rule_in_units(judge, pairs, tmp_path / "b", size=4) == whole
-    assert len(judge.engine.asked) == 4
+    asks = [make_ask("x", f"p{i}", f"r{i}") for i in range(10)]
+
+    def judge() -> LocalJudge:
+        return LocalJudge(Scripted({"p3": "2"}), JudgeConfig(name="j", model="m", template=NANO), TEMPLATE)
+
+    whole, part = AnswerStore(tmp_path / "a"), AnswerStore(tmp_path / "b")
+    for store in (whole, part):
+        ask_engine(judge(), asks, store, set(), size=4)
+    part.tables()[1].unlink()
+    again = judge()
+    ask_engine(again, asks, part, {a.ask_sha for a in part.read()}, size=4)
+    assert len(again.engine.asked) in (2, 4)  # one unit
+    for store in (whole, part):
+        store.merge([a.sha for a in asks])
+    assert list(whole.read()) == list(part.read()) and len(list(whole.read())) == 10
+
+
+def test_a_damaged_table_is_set_aside_and_asked_again(tmp_path, capsys):
+    store = AnswerStore(tmp_path)
+    store.add([Answer("a", "1", "stop", (), "", "", 0, 0)], name="one")
+    store.add([Answer("b", "2", "stop", (), "", "", 0, 0)], name="two")
+    path = tmp_path / "two.parquet"
+    path.write_bytes(path.read_bytes()[:50])
+    assert [a.ask_sha for a in store.read()] == ["a"]
+    assert (tmp_path / "two.parquet.bad").exists() and "set aside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -115,6 +146,11 @@ def test_units_are_kept_and_not_asked_again(tmp_path):
         ({"parse": "("}, "not a regular expression"),
         ({"name": "a/b"}, "becomes a folder"),
         ({"tempature": 0}, "did you mean 'temperature'"),
+        ({"words": {"REFUSAL": "refusd"}}, "did you mean 'refused'"),
+        ({"words": {"NO": "off_topic"}, "choices": {"NO": 0, "YES": 1}}, "both 'choices' and 'words'"),
+        ({"endpoint": {"url": "ftp://x"}}, "must look like https"),
+        ({"endpoint": {"url": "https://me:secret@x/v1"}}, "put the key into"),
+        ({"endpoint": {"url": "https://x/v1", "api_key": "s"}}, "unknown key 'api_key'"),
     ],
 )
 def test_bad_judges_are_refused(tmp_path, change, message):
@@ -122,6 +158,14 @@ def test_bad_judges_are_refused(tmp_path, change, message):
     path.write_text(yaml.safe_dump({"name": "j", "model": "m", "template": str(NANO), **change}))
     with pytest.raises(UserError, match=message):
         read_judge(path)
+
+
+def test_a_judge_must_be_named(study):
+    values = yaml.safe_load((study / "config.yaml").read_text())
+    del values["judge"]
+    (study / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="the required key 'judge' is missing"):
+        main([str(study / "config.yaml")])
 
 
 # --- the whole stage, with a tiny random model -----------------------------------------------------
@@ -189,8 +233,9 @@ def test_the_stage(study, model):
     assert by_id["s0"].reply == by_id["s2"].reply and by_id["s0"].covered == by_id["s2"].covered
     manifest = read_manifest(study / "verdicts")
     assert manifest["counts"] == {"in": 11, "out": 10} and manifest["left_out"] == {"other batteries": 1}
-    assert manifest["different_replies"] == 8 and manifest["inputs"]["judge_weights"] == weights_sha(model, None)
-    assert not (study / "verdicts" / "shards").exists()
+    assert manifest["different_replies"] == 6 and manifest["inputs"]["judge_weights"] == weights_sha(model, None)
+    assert [p.name for p in (study / "verdicts" / "answers").iterdir()] == ["answers.parquet"]
+    assert by_id["s3"].reply == EMPTY and manifest["status"]["off_topic"] == 2
     table = (study / "verdicts" / "verdicts.parquet").read_bytes()
     main([str(study / "config.yaml")])  # done: nothing happens
     main([str(study / "config.yaml"), f"output_dir={study}/again"])
@@ -199,44 +244,52 @@ def test_the_stage(study, model):
         main([str(study / "config.yaml"), "engine.unit_prompts=3"])
 
 
-KILLED = """
-import os, sys
-import evaluate.judge as judge
-import serve.registry
-from serve.engine import OptionScores, Reply
-from serve.identity import weights_sha
+class FromText:
+    """An engine whose answers follow from the question."""
 
-class Engine:  # answers follow from the question; torch takes seconds to import
-    def __init__(self, config, base, adapter): self.weights_sha = weights_sha(base, adapter)
-    def sample(self, requests, **options): return [[Reply(str(len(r.text) % 7), 1, "stop", 0.0)] for r in requests]
-    def distributions(self, texts, options): return [OptionScores((len(t) / 1e4,) * 5, 0.0, 0.0) for t in texts]
+    def __init__(self, config, base, adapter):
+        self.weights_sha = weights_sha(base, adapter)
 
-kept, left = judge.write_rows, [int(sys.argv[1])]
-def write(path, kind, rows):
-    if left[0] == 0: os.kill(os.getpid(), 9)
-    left[0] -= 1
-    return kept(path, kind, rows)
+    def sample(self, requests, **options):
+        return [[Reply(str(len(r.text) % 7), 1, "stop", 0.0)] for r in requests]
 
-serve.registry.open_engine, judge.write_rows = Engine, write
-judge.main(sys.argv[2:])
-"""
+    def distributions(self, texts, options):
+        return [OptionScores((len(t) / 1e4,) * 5, 0.0, 0.0) for t in texts]
 
 
-def test_killed_and_run_again_gives_the_same_table(study):
+def run_and_die(config: list[str], writes: int, monkeypatch) -> int:
+    """The stage in a process of its own that dies at the write after so many; how it ended."""
+    left = [writes]
+
+    def write(path, kind, rows):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return write_rows(path, kind, rows)
+
+    monkeypatch.setattr("serve.registry.open_engine", FromText)
+    monkeypatch.setattr("evaluate.judge.write_rows", write)
+    monkeypatch.setattr("evaluate.verdict_store.write_rows", write)
+    process = multiprocessing.get_context("fork").Process(target=main, args=(config,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_killed_and_run_again_gives_the_same_table(study, monkeypatch):
     def run(writes: int, folder: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(writes), f"{study}/config.yaml", f"output_dir={study}/{folder}"]
-        return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path.cwd())}).returncode
+        return run_and_die([f"{study}/config.yaml", f"output_dir={study}/{folder}"], writes, monkeypatch)
 
     assert run(-1, "whole") == 0
     assert run(2, "killed") == -signal.SIGKILL
-    units = {p: p.stat().st_mtime_ns for p in (study / "killed" / "shards").rglob("unit-*.parquet")}
+    units = {p: p.stat().st_mtime_ns for p in (study / "killed" / "answers").glob("unit-*.parquet")}
     assert len(units) == 2 and not (study / "killed" / "verdicts.parquet").exists()
     assert run(2, "killed") == -signal.SIGKILL  # the units that were there are not written again, so this gets further
-    assert len(list((study / "killed" / "shards").rglob("unit-*.parquet"))) == 4
+    assert len(list((study / "killed" / "answers").glob("unit-*.parquet"))) == 3
     assert all(path.stat().st_mtime_ns == when for path, when in units.items())
     assert run(-1, "killed") == 0
-    tables = [(study / name / "verdicts.parquet").read_bytes() for name in ("killed", "whole")]
-    assert tables[0] == tables[1]
+    for name in ("verdicts.parquet", "answers/answers.parquet"):
+        assert (study / "killed" / name).read_bytes() == (study / "whole" / name).read_bytes()
 
 
 def test_a_judge_does_not_grade_itself(study, model):

@@ -1,0 +1,240 @@
+"""A judge behind an HTTP endpoint: many questions at a time, stored as the answers come in.
+
+The first question goes alone. It shows within seconds whether the key, the model's name and the
+endpoint are right, what a call takes and which rates are allowed; then the rest follows. Where the
+endpoint can go on from a begun answer, numbers whose pieces the first call did not show are asked
+for, so that their probability is known too.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from candor.errors import UserError
+from candor.judging import JudgeTemplate
+from evaluate.judge_ask import Ask
+from evaluate.judge_config import JudgeConfig
+from evaluate.judge_reading import odds
+from evaluate.verdict_store import Answer, AnswerStore
+from serve.client import ChatClient, ChatReply, Lost, Settings
+from serve.client_batch import Batches
+from serve.ledger import Ledger
+
+FLUSH_ANSWERS, FLUSH_SECONDS = 500, 5.0  # what a kill can cost
+MOST_FOLLOWED, FOLLOWED_MASS = 24, 0.002  # begun numbers that are followed up, and how likely one must be
+_LEAST = -14.0  # log-probabilities below this are not kept
+_ROW = 12  # calls in a row without an answer, and as many as run at once, that stop a run
+
+
+class EndpointJudge:
+    """A judge's endpoint with its template, its store and what it has cost."""
+
+    def __init__(self, config: JudgeConfig, template: JudgeTemplate, store: AnswerStore, ledger: Ledger) -> None:
+        assert config.endpoint is not None
+        self.config, self.template, self.store, self.ledger = config, template, store, ledger
+        self.endpoint = config.endpoint
+        self.settings = Settings(config.model, config.temperature, config.max_tokens, config.seed)
+        self.lost: dict[str, str] = {}  # what stayed without an answer, and why
+        self._ready: list[Answer] = []
+        self._flushed = time.monotonic()
+        self._in_a_row = 0
+        self._stop: UserError | None = None
+
+    def ask_all(self, asks: Sequence[Ask]) -> None:
+        """Ask everything; afterwards the store has the answers and ``lost`` the rest.
+
+        Raises UserError for what a person must mend, after storing what was answered.
+        """
+        asyncio.run(self._ask_all(asks))
+
+    async def _ask_all(self, asks: Sequence[Ask]) -> None:
+        self._say_before(asks)
+        started = time.monotonic()
+        try:
+            async with ChatClient(self.endpoint, self.settings, self.ledger) as client:
+                rest = iter(asks)
+                await self._one(client, next(rest))
+                if self.lost:
+                    reason = next(iter(self.lost.values()))
+                    raise UserError(
+                        f"{self.endpoint.url} gave no answer to the first question, not even after "
+                        f"{self.endpoint.retries} retries: {reason}. Check the endpoint and run again."
+                    )
+                self._say_time(client, len(asks), time.monotonic() - started)
+                report = asyncio.create_task(self._report(len(asks), started))
+                # more than may call at once: some wait for another try meanwhile
+                await asyncio.gather(*(self._work(client, rest) for _ in range(2 * self.endpoint.concurrency)))
+                report.cancel()
+        finally:
+            self._flush()
+        if self._stop is not None:
+            raise self._stop
+        sys.stderr.write(self._state(len(asks), started) + "\n")
+
+    async def _work(self, client: ChatClient, rest: Iterator[Ask]) -> None:
+        """Take questions until there are none left or the run is stopped."""
+        for ask in rest:
+            if self._stop is not None:
+                return
+            try:
+                await self._one(client, ask)
+            except UserError as error:  # the others finish what they have begun, so that it is stored
+                self._stop = self._stop or error
+                client.close_soon()
+                return
+            if self._in_a_row > _ROW + self.endpoint.concurrency:
+                why = ", ".join(f"{reason} ({n})" for reason, n in self.ledger.faults.most_common(3))
+                self._stop = UserError(
+                    f"{self.endpoint.url} stopped answering: {self._in_a_row} calls in a row failed ({why}). What was "
+                    "answered is stored; run again later."
+                )
+                client.close_soon()
+
+    async def _one(self, client: ChatClient, ask: Ask) -> None:
+        """One question with its follow-ups."""
+        text = ask.text(self.template)
+        reply = await client.ask(text)
+        evidence = _evidence(reply) if isinstance(reply, ChatReply) else {}
+        if isinstance(reply, ChatReply) and evidence and self.endpoint.continue_body is not None:
+            more = await self._follow(client, ask, text, reply, evidence)
+            reply = more or reply
+        if isinstance(reply, Lost):
+            self.lost[ask.sha] = reply.reason
+            self._in_a_row += 1
+            return
+        self._in_a_row = 0
+        self._keep(as_answer(ask.sha, reply, evidence))
+
+    async def _follow(
+        self, client: ChatClient, ask: Ask, text: str, reply: ChatReply, evidence: dict[str, dict[str, float]]
+    ) -> Lost | None:
+        """Ask how begun numbers go on, likeliest first, until all that matter are known; Lost when a call is."""
+        possible = self.config.answers(ask.options)
+        for _ in range(MOST_FOLLOWED):
+            found = odds(evidence, reply.text, self.config, possible)
+            if found is None or not found.unknown or found.unknown[0][1] < FOLLOWED_MASS:
+                return None
+            begun = found.unknown[0][0]
+            more = await client.ask(text, prefill=begun)
+            if isinstance(more, Lost):
+                return more
+            if not more.tokens:
+                return None
+            evidence[begun] = _kept(more.tokens[0].odds)
+        return None
+
+    def _keep(self, answer: Answer) -> None:
+        self._ready.append(answer)
+        if len(self._ready) >= FLUSH_ANSWERS or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.store.add(self._ready)
+        self._ready, self._flushed = [], time.monotonic()
+
+    def ask_in_batches(self, asks: Sequence[Ask], *, poll_s: float) -> None:
+        """The same through the batch API; batches of an earlier, killed run are collected first."""
+        asyncio.run(self._ask_in_batches(asks, poll_s))
+
+    async def _ask_in_batches(self, asks: Sequence[Ask], poll_s: float) -> None:
+        async with ChatClient(self.endpoint, self.settings, self.ledger) as client:
+            batches = Batches(client, self.store.folder / "batches", poll_s=poll_s)
+            try:
+                open_asks = {ask.sha: ask for ask in asks}
+                await self._collect(batches, open_asks)
+                if open_asks:
+                    self._say_before(list(open_asks.values()))
+                    texts = [(sha, ask.text(self.template)) for sha, ask in open_asks.items()]
+                    for _, text in texts:
+                        self.ledger.reserve(self.ledger.expect(len(text.encode()), self.config.max_tokens)[1])
+                    await batches.submit(texts)
+                    await self._collect(batches, open_asks)
+                for sha in open_asks:
+                    self.lost.setdefault(sha, "no answer in the batch")
+            finally:
+                await batches.close()
+
+    async def _collect(self, batches: Batches, open_asks: dict[str, Ask]) -> None:
+        """Store the answers of every batch that was handed in."""
+        for record in batches.pending():
+            answers = []
+            for sha, reply in await batches.collect(record):
+                if isinstance(reply, Lost):
+                    self.lost[sha] = reply.reason
+                else:
+                    answers.append(as_answer(sha, reply, _evidence(reply)))
+                    self.lost.pop(sha, None)
+                    open_asks.pop(sha, None)
+            self.store.add(answers)
+            batches.forget(record)
+
+    def _say_before(self, asks: Sequence[Ask]) -> None:
+        """Estimate calls, tokens and money before anything is asked."""
+        some = asks[:: max(1, len(asks) // 200)]
+        n_bytes = sum(len(ask.text(self.template).encode()) for ask in some) / len(some)
+        tokens, dollars = self.ledger.expect(int(n_bytes), self.config.max_tokens)
+        money = f"at most about ${dollars * len(asks):.2f}" if self.ledger.price else "no price in the judge's file"
+        sys.stderr.write(
+            f"judge {self.config.name}: {len(asks)} calls to {self.config.model}, about {tokens * len(asks):,.0f} "
+            f"input tokens, {money}\n"
+        )
+
+    def _say_time(self, client: ChatClient, total: int, first: float) -> None:
+        """How long it will take, by what the first answer took and the rates it told."""
+        minutes = [total * first / self.endpoint.concurrency / 60]
+        calls, tokens = client.pace.per_minute
+        each = self.ledger.input_tokens / max(1, self.ledger.answered) + self.config.max_tokens
+        minutes += [total / calls] if calls else []
+        minutes += [total * each / tokens] if tokens else []
+        limits = ", ".join(f"{r:,.0f} {n}/min" for r, n in ((calls, "calls"), (tokens, "tokens")) if r)
+        sys.stderr.write(
+            f"first answer after {first:.1f} s; about {max(minutes):.1f} min in all, {self.endpoint.concurrency} at "
+            f"a time{f' and at most {limits}' if limits else ''}\n"
+        )
+
+    async def _report(self, total: int, started: float) -> None:
+        while True:
+            await asyncio.sleep(5)
+            sys.stderr.write(self._state(total, started) + "\n")
+
+    def _state(self, total: int, started: float) -> str:
+        """One line: what is done, what it has cost, what is left."""
+        ledger = self.ledger
+        done, elapsed = ledger.answered, time.monotonic() - started
+        left = max(0, total - done - len(self.lost)) * elapsed / max(1, done)
+        money = f", ${ledger.spent:.4f} spent" if ledger.price else ""
+        lost = f", {len(self.lost)} without an answer" if self.lost else ""
+        return (
+            f"judged {done:,} of {total:,}{lost}; {done / max(elapsed, 1e-9):.1f}/s, {ledger.retries} retries, "
+            f"{ledger.input_tokens:,} + {ledger.output_tokens:,} tokens{money}; {left / 60:.1f} min left"
+        )
+
+
+def as_answer(sha: str, reply: ChatReply, evidence: dict[str, dict[str, float]]) -> Answer:
+    """What is stored of a reply."""
+    packed = json.dumps(evidence, ensure_ascii=False, separators=(",", ":")) if evidence else ""
+    return Answer(
+        sha, reply.text, reply.finish_reason, (), packed, reply.model, reply.input_tokens, reply.output_tokens
+    )
+
+
+def _evidence(reply: ChatReply) -> dict[str, dict[str, float]]:
+    """The odds at every token of a reply, by the text before it."""
+    found: dict[str, dict[str, float]] = {}
+    text = ""
+    for token in reply.tokens:
+        found.setdefault(text, _kept(token.odds))
+        text += token.token
+    return found
+
+
+def _kept(odds_: dict[str, float]) -> dict[str, float]:
+    return {token: round(logprob, 6) for token, logprob in odds_.items() if logprob > _LEAST}
+
+
+def reasons(lost: dict[str, str]) -> str:
+    """Why calls were lost, most frequent first."""
+    return ", ".join(f"{reason} ({count})" for reason, count in Counter(lost.values()).most_common(5))

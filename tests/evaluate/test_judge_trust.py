@@ -1,0 +1,248 @@
+"""Golden sets, calibration, agreement with others and with itself, and people's labels."""
+
+import csv
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.chat_server import Script, serving
+from candor.errors import UserError
+from candor.rows import Prompt, Sample, Variant, Verdict
+from candor.tables import write_rows
+from evaluate.agreement import BIAS, INFLATION, ITSELF, KAPPA, REPEAT_SD, Pairs, agreement, compare
+from evaluate.calibrate import CalibrateConfig, as_text, calibrate, noise
+from evaluate.golden import read_golden
+from evaluate.label import LabelConfig, Labels, LabelServer, choose
+from evaluate.stats import confusion, quadratic_kappa
+
+GOLDEN = Path("configs/prompts/judge")
+
+
+@pytest.mark.parametrize("measure", ["harmfulness", "alignment", "coherence", "on_topic", "closest_option"])
+def test_golden_sets_cover_what_judges_meet(measure):
+    items = read_golden(
+        GOLDEN / ("golden_options.jsonl" if measure == "closest_option" else "golden_chat.jsonl"), measure
+    )
+    assert len(items) >= 60 and len({i.id for i in items}) == len(items)
+    kinds = Counter(i.kind for i in items)
+    if measure == "closest_option":
+        assert {"plain", "negation", "both", "language", "sarcasm", "talks to the judge"} <= set(kinds)
+        assert {i.grade for i in items if "ok" in i.statuses} == {0, 0.25, 0.5, 1}
+        return
+    wanted = {"refusal", "gibberish", "code", "language", "sarcasm", "empty", "over-long", "talks to the judge"}
+    assert wanted <= set(kinds)
+    low, high = (1, 5) if measure == "harmfulness" else (0, 1) if measure == "on_topic" else (0, 100)
+    assert all(low <= i.low <= i.high <= high for i in items if "ok" in i.statuses)
+    if measure == "harmfulness":
+        assert {1, 2, 3, 4, 5} <= {g for i in items if "ok" in i.statuses for g in range(int(i.low), int(i.high) + 1)}
+    assert max(len(i.reply) for i in items) > 5_000
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"expect": {"harmfulness": [3, 1]}}, "the lower bound comes first"),
+        ({"expect": {"harmfulness": 3}}, "must be"),
+        ({"status": {"harmfulness": ["bad"]}}, "must be a list out of"),
+        ({"expect": {"alignment": [0, 1]}}, "no rows for the measure 'harmfulness'"),
+        ({}, "'grade' must be int"),
+    ],
+)
+def test_a_broken_golden_set_is_named(tmp_path, row, message):
+    header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
+    path = tmp_path / "g.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (header, {"id": "a", "prompt": "p", "reply": "r", **row})))
+    with pytest.raises(UserError, match=message):
+        read_golden(path)
+
+
+# --- calibration against a judge with known faults --------------------------------------------------------------
+
+
+def write_golden(folder: Path) -> Path:
+    """Twenty replies whose true grade stands in them, and one that should be refused."""
+    header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
+    rows = [
+        {"id": f"g{i}", "kind": f"k{i % 2}", "prompt": f"p{i}", "reply": f"reply {i} grade={g}", "grade": g}
+        for i, g in enumerate([1, 2, 3, 4, 5] * 4)
+    ]
+    path = folder / "golden.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in (header, *rows)))
+    return path
+
+
+def write_judge(folder: Path, url: str, **more) -> Path:
+    values = {
+        "name": "far",
+        "model": "judge-model",
+        "template": "configs/prompts/judge/nano.txt",
+        "parse": r"^\s*(\d+)\s*$",
+        "max_tokens": 8,
+        "endpoint": {"url": url, "key_env": "NO_SUCH_KEY", "backoff_s": 0.02},
+        "golden": str(write_golden(folder)),
+        **more,
+    }
+    (folder / "far.yaml").write_text(yaml.safe_dump(values))
+    return folder / "far.yaml"
+
+
+def test_a_perfect_judge_and_a_noisy_one(tmp_path):
+    config = CalibrateConfig(output_dir=tmp_path / "out", attacked=4, draws=200)
+    with serving(Script()) as server:
+        report = calibrate(write_judge(tmp_path, server.url), config)
+    assert report["hit_rate"][0] == 1 and report["against_the_middle"][KAPPA][0] == pytest.approx(1)
+    assert report["flips_at"] == {t: [0.0, 0.0, pytest.approx(0.161, abs=0.01), 20] for t in ("3", "4", "5")}
+    assert report["method"] == {"top_logprobs": 20} and report["mean_covered"] == pytest.approx(
+        0.92
+    )  # beside a 1 the server shows a 0, which is off the scale
+    assert all(s["mean_sway"] == 0 and s["crossed"] == 0 for s in report["sway"]["attacks"].values())
+    assert len(report["sway"]["attacks"]) >= 10 and "within the range        100 %" in as_text(report)
+    with (tmp_path / "out" / "far" / "items.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 20
+    noisy = CalibrateConfig(output_dir=tmp_path / "noisy", attacks=None, repeats=4, draws=200)
+    with serving(Script(noise=1.2)) as server:
+        report = calibrate(write_judge(tmp_path, server.url), noisy)
+    assert report["hit_rate"][0] < 0.8 and report["against_the_middle"][KAPPA][0] < 0.95
+    assert report["repeats"]["sd"] > 0.3 and report["repeats"]["worst_of_10_lift"] > 0.3
+
+
+def test_a_judge_without_a_golden_set_says_so(tmp_path):
+    with pytest.raises(UserError, match="names no golden set"):
+        calibrate(write_judge(tmp_path, "http://127.0.0.1:9/v1", golden=None), CalibrateConfig(output_dir=tmp_path))
+
+
+def test_noise_lifts_a_worst_of_ten():
+    """Scores 1 and 3 with equal chance: the largest of ten is 3 almost surely, one above the mean."""
+    found = noise([[1.0, 2.0], [3.0, 2.0], [1.0, 2.0], [3.0, 2.0]])
+    assert found["worst_of_10_lift"] == pytest.approx((3 - 2 * 0.5**10 - 2) / 2) and found["changed"] == 0.5
+    assert noise([[2.0, 4.0], [2.0, 4.0]])["worst_of_10_lift"] == pytest.approx(0)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+def test_kappa_from_moments_is_cohens():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(1, 6, 300)
+    judged = np.clip(truth + rng.integers(-1, 2, 300), 1, 5)
+    prompts = np.array([f"p{i // 3}" for i in range(300)])
+    pairs = Pairs(judged.astype(float), truth.astype(float), prompts, 7, (1.0, 5.0))
+    found = {e.measure: e for e in compare(pairs, "a", "b", draws=300, seed=0)}
+    assert found[KAPPA].value == pytest.approx(float(quadratic_kappa(confusion(truth, judged, 5))))
+    assert found[KAPPA].low < found[KAPPA].value < found[KAPPA].high and found[KAPPA].n_missing == 7
+    assert found[BIAS].value == pytest.approx((judged - truth).mean()) and found[KAPPA].n_clusters == 100
+    flat = Pairs(np.ones(5), np.ones(5), prompts[:5], 0, (1.0, 5.0))
+    assert compare(flat, "a", "b", draws=100, seed=0)[0].value is None  # nothing varies: no kappa, and not 1
+
+
+def write_run(run: Path, judges: dict[str, float], *, prompts: int = 30, draws: int = 10) -> None:
+    """One variant judged by several judges whose scores are the truth plus a bias and noise of sd 0.5."""
+    rng = np.random.default_rng(1)
+    ids = [f"p{i}" for i in range(prompts)]
+    asked = [Prompt(p, "harmfulness", "free", "g", p, p, "", "seen", f"Ask {p}", (), "s") for p in ids]
+    write_rows(run / "prompts.parquet", Prompt, asked)
+    write_rows(run / "variants.parquet", Variant, [Variant("v", "full", "none", "base", 0, "", "v", "variants/v")])
+    samples = [
+        Sample(f"{p}-{d}", p, "x", "v", "w", d, 1, 1.0, f"reply {p} {d}", 3, "stop", -1.0)
+        for p in ids
+        for d in range(draws)
+    ]
+    write_rows(run / "variants/v/answers/samples.parquet", Sample, samples)
+    truth = {s.sample_id: 1 + 2.5 * rng.random() for s in samples}
+    for name, bias in judges.items():
+        folder = run / "variants/v/verdicts" / name
+        rows = []
+        for s in samples:
+            if rng.random() < 0.05:
+                rows.append(Verdict(s.sample_id, name, "t", "refused", None, None, None, ""))
+            else:
+                score = float(np.clip(round(truth[s.sample_id] + bias + rng.normal(0, 0.5)), 1, 5))
+                rows.append(Verdict(s.sample_id, name, "t", "ok", score, None, None, ""))
+        write_rows(folder / "verdicts.parquet", Verdict, rows)
+        (folder / "manifest.json").write_text(json.dumps({"measure": "harmfulness", "span": [1.0, 5.0]}))
+
+
+def test_a_run_reports_second_judges_repeats_and_people(tmp_path):
+    write_run(tmp_path, {"main": 0.0, "second": 0.5, "main~2": 0.0, "other-thing": 0.0})
+    other = tmp_path / "variants/v/verdicts/other-thing/manifest.json"
+    other.write_text(json.dumps({"measure": "coherence", "span": [0.0, 100.0]}))
+    (tmp_path / "labels").mkdir()
+    labels = [(f"p{i}-0", 1 + i % 5) for i in range(20)] + [("p0-0", 5), ("p21-0", "unsure")]
+    (tmp_path / "labels" / "ann.csv").write_text("sample_id,label\n" + "".join(f"{s},{g}\n" for s, g in labels))
+    found = {(e.measure, e.reference): e for e in agreement(tmp_path, "main", draws=200, seed=0)}
+    assert {reference for _, reference in found} == {"second", ITSELF, "people: ann"}
+    second = found[KAPPA, "second"]
+    assert 0.4 < second.value < 0.8 and second.low < second.value < second.high
+    assert second.n + second.n_missing == 300 and second.n_missing > 10
+    assert -0.7 < found[BIAS, "second"].value < -0.3  # the second judge is half a point harsher
+    assert 0.2 < found[REPEAT_SD, ITSELF].value < 0.6
+    lift = found[INFLATION, ITSELF]
+    assert 0 < lift.value < 0.6 and lift.n < 30  # only prompts of which all ten replies were graded twice
+    assert found[KAPPA, "people: ann"].n_missing >= 1
+
+
+def test_labels_need_their_columns(tmp_path):
+    write_run(tmp_path, {"main": 0.0})
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "bob.csv").write_text("id,grade\na,1\n")
+    with pytest.raises(UserError, match="expected columns sample_id and label, found id, grade"):
+        agreement(tmp_path, "main", draws=100, seed=0)
+
+
+# --- the labelling page --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path):
+    write_run(tmp_path, {"main": 0.0})
+    config = LabelConfig(n=12, judge="main", labeller="ann")
+    server = LabelServer(choose(tmp_path, config), Labels(tmp_path / "labels" / "ann.csv"), config)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def call(url: str, body: dict | None = None, headers: dict | None = None):
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers or {}), timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_labelling_is_blind_stored_at_once_and_resumed(tmp_path, page):
+    assert "How harmful" in call(page.address)
+    first = json.loads(call(page.address + "open"))
+    assert set(first) == {"place", "prompt", "reply", "label", "done", "total", "labels"}  # no variant, no id, no score
+    assert first["labels"] == ["1", "2", "3", "4", "5", "refused", "unsure"]
+    second = json.loads(call(page.address + "label", {"place": 0, "label": "4"}))
+    assert (second["place"], second["done"]) == (1, 1)
+    json.loads(call(page.address + "label", {"place": 0, "label": "5"}))  # changed one's mind
+    path = tmp_path / "labels" / "ann.csv"
+    assert [r["label"] for r in csv.DictReader(path.open())] == ["4", "5"]
+    again = LabelServer(page.items, Labels(path), page.config)
+    assert again.first_open() == 1 and again.shown(0)["label"] == "5"
+    again.server_close()
+    assert len({i.sample_id for i in page.items}) == 12
+
+
+@pytest.mark.parametrize("body", [{"place": 0, "label": "9"}, {"place": 99, "label": "1"}, {"label": "1"}, []])
+def test_what_is_no_label_is_turned_away(page, body):
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        call(page.address + "label", body)
+    assert not page.labels.path.exists()
+
+
+def test_strangers_see_nothing(page):
+    base = re.match(r"http://[^/]+/", page.address).group()
+    for url, headers in ((base, {}), (base + "open", {}), (page.address + "open", {"Host": "evil.example"})):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            call(url, headers=headers)
