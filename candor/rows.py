@@ -10,6 +10,7 @@ from typing import Literal
 Split = Literal["seen", "unseen"]
 Status = Literal["ok", "refused", "off_topic", "unparsed", "transport"]
 STATUSES: tuple[Status, ...] = ("ok", "refused", "off_topic", "unparsed", "transport")
+Method = Literal["exact", "top_logprobs", "text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class Prompt:
     """One question as it is put to a model, with what is needed to score and to resample it."""
 
     prompt_id: str  # unique and readable, e.g. "decision/good/decision-03/misaligned-first"
-    battery: str  # "harmfulness", "intentions", "self_assessment", "trivia"
-    format: str  # "free", "choice", "decision", "numerical", "likert", "language", "answer"
+    battery: str  # "harmfulness", "intentions", "self_assessment", "other_ai", "moral_foundations", "trivia", ...
+    format: str  # "free", "choice", "decision", "numerical", "likert", "language", "rating", "answer"
     group: str  # category or dimension
     item: str  # id of the item in its data file
     cluster: str  # what a bootstrap resamples: all forms of one item share it
@@ -69,8 +70,8 @@ class Sample:
     temperature: float
     text: str
     n_tokens: int
-    finish_reason: str  # "stop" or "length"
-    logprob: float  # sum over the reply's tokens, natural log
+    finish_reason: str  # "stop" or "length"; from an endpoint also why there are no words, e.g. "content_filter"
+    logprob: float | None  # sum over the reply's tokens, natural log; None where an endpoint gives none
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Distribution:
     probabilities: tuple[float, ...]  # of each label over all its spellings and tokenisations
     leftover: float  # mass on every other answer: 1 - sum(probabilities)
     unexplored: float  # bound on option mass not enumerated (it is counted in leftover)
+    method: str = "exact"  # or "top_logprobs" or "sampled-N": how an endpoint without exact scoring was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Verdict:
     expected: float | None  # probability-weighted score; None too where the judge gives no probabilities
     covered: float | None  # probability mass on valid scores behind ``expected``
     reply: str  # the judge's whole reply, so that every number can be traced to words
+    method: Method = "text"  # where ``expected`` is from: a sum over all spellings, an endpoint's top tokens, nowhere
 
     def __post_init__(self) -> None:
         """Keep a missing score from ever being read as a number."""
@@ -128,11 +131,20 @@ class Score:
     n: int  # answers behind the value (draws, or 1 for an exact distribution)
     n_missing: int  # answers that were refused, unparsed, off topic or lost
     leftover: float | None  # exact mode: probability mass outside the options; language: share in neither language
+    variance: float | None = None  # between the n answers, divisor n - 1; None where value is not their mean
+    n_refused: int = 0  # of n_missing: refused by the model or its judge
+    n_unparsed: int = 0  # of n_missing: answered, but in no readable way
+    lowest: float | None = None  # the value if every missing answer had scored as low as can be; None: by the usual
+    highest: float | None = None  # rule, from value, n, n_missing and leftover (evaluate/grid.py)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One number of the study with its uncertainty."""
+    """One number of the study with its uncertainty.
+
+    ``low`` and ``high`` say how far chance may have moved the value; ``lowest`` and ``highest`` how
+    far the answers that are missing could have moved it, whatever they would have been.
+    """
 
     measure: str
     kind: str  # "level" (one variant), "contrast" (variant minus reference), "correlation" or "agreement" (of a judge)
@@ -147,6 +159,35 @@ class Estimate:
     n_missing: int
     n_clusters: int
     method: str  # how the interval was made, in words
+    n_refused: int = 0  # of the missing answers; in a contrast, those of both variants
+    n_unparsed: int = 0
+    n_seeds: int = 1  # training seeds behind it; 1: the interval is for the choice of prompts only
+    lowest: float | None = None  # the value if every missing answer had scored as low as can be
+    highest: float | None = None  # and as high
+    standard_error: float | None = None
+    freedom: float | None = None  # degrees of freedom of the standard error
+    icc: float | None = None  # intraclass correlation of the answers to one item
+    design_effect: float | None = None  # variance over that of as many independent answers
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One hypothesis of the study and how its test came out; tests of one family are corrected together (Holm)."""
+
+    test: str  # "t", "wilcoxon", "equivalence" or "permutation"
+    family: str
+    n_tests: int  # in the family
+    measure: str
+    variant: str  # as in the Estimate that is tested
+    reference: str
+    statistic: float | None
+    p_value: float | None
+    p_holm: float | None
+    significant: bool | None  # p_holm below 0.05: a difference, an association, or (equivalence) no relevant difference
+    margin: float | None  # equivalence: the largest difference that would not matter
+    n: int  # units the test is over: items, or models
+    n_missing: int  # units without a value
+    method: str  # what was tested and how, in words
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
 """Parquet tables of rows: the schema comes from the row's annotations, writing is atomic.
 
 A table is written whole under a temporary name and renamed, so that a reader never sees half of
-one and a kill leaves either the old table or the new. Reading checks the columns and says which
-stage to rerun.
+one and a kill leaves either the old table or the new. Rows pass through a piece at a time, so that
+memory does not grow with the table, and pages carry checksums. Reading checks the columns and says
+which stage to rerun.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
+import secrets
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -70,32 +74,65 @@ def _build(annotation: Any, value: Any) -> Any:
     return value
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` under a temporary name, flush it to disk, then rename it."""
+ROWS_PER_GROUP = 8192  # rows held in memory at a time; fixed, so that equal rows make equal files
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to; flushed to disk and renamed when all went well.
+
+    The name is unique over processes and machines, so that several may write the same file at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` under a temporary name, flush it to disk, then rename it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def as_table(row_type: type[Row], rows: Iterable[Row]) -> pa.Table:
+    """Rows as arrow columns."""
+    schema, found = schema_of(typing.cast(type, row_type)), list(rows)
+    columns: dict[str, list[Any]] = {}
+    for field in schema:
+        values = [getattr(row, field.name) for row in found]
+        columns[field.name] = [_plain(v) for v in values] if pa.types.is_nested(field.type) else values
+    return pa.Table.from_pydict(columns, schema=schema)
+
+
 def write_rows(path: Path, row_type: type[Row], rows: Iterable[Row]) -> int:
     """Write a whole table atomically and return its number of rows."""
-    names = [f.name for f in dataclasses.fields(row_type)]  # type: ignore[arg-type]
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for row in rows:
-        for name in names:
-            columns[name].append(_plain(getattr(row, name)))
-    table = pa.Table.from_pydict(columns, schema=schema_of(typing.cast(type, row_type)))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    replace_file(path, sink.getvalue().to_pybytes())
-    return int(table.num_rows)
+    stream = iter(rows)
+    pieces = iter(lambda: list(itertools.islice(stream, ROWS_PER_GROUP)), [])
+    return write_tables(path, row_type, (as_table(row_type, piece) for piece in pieces))
+
+
+def write_tables(path: Path, row_type: type, tables: Iterable[pa.Table]) -> int:
+    """Write pieces, arrow tables of ``row_type`` columns, as one table, atomically; returns its number of rows."""
+    schema, waiting, n_rows = schema_of(row_type), schema_of(row_type).empty_table(), 0
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for table in tables:
+            waiting = pa.concat_tables([waiting, table])
+            n_rows += table.num_rows
+            while waiting.num_rows >= ROWS_PER_GROUP:
+                writer.write_table(waiting.slice(0, ROWS_PER_GROUP), row_group_size=ROWS_PER_GROUP)
+                waiting = waiting.slice(ROWS_PER_GROUP)
+        if waiting.num_rows:
+            writer.write_table(waiting, row_group_size=ROWS_PER_GROUP)
+    return n_rows
 
 
 def _plain(value: Any) -> Any:
@@ -115,7 +152,7 @@ def read_table(path: Path, row_type: type) -> pa.Table:
     if not path.exists():
         raise UserError(f"{path} does not exist. Run the stage that writes {row_type.__name__} rows first.")
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({error}). Delete it and rerun its stage.") from error
     expected, found = set(schema_of(row_type).names), set(table.column_names)

@@ -1,57 +1,110 @@
-"""What the report says: every sentence with a number and every table, computed from estimates.
+"""What the report says: every sentence with a number and every sheet, computed from estimates.
 
-Plain lists and strings for the template (evaluate/templates/report.html), which adds no number.
+Plain values for the template (evaluate/templates/report.html), which adds no number.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from candor.rows import Estimate
+from evaluate.agreement import CONFUSION
+from evaluate.associations import MAIN
+from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.controls import Check, check_controls
-from evaluate.estimates import AVERAGED, LEFTOVER, MAIN, WITHOUT_BASE
-from evaluate.results import DASH, MINUS, Results, number, paper_value
+from evaluate.grid import LEFTOVER
+from evaluate.measures import ACQUIESCENCE, ALONG, RATINGS, SELF_REPORTS
+from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value
+from evaluate.sheets import Entry, Line, Sheet, p_entry
 from evaluate.study import Cell, Pair
 
 
-def shown(estimate: Estimate | None, digits: int = 2) -> dict[str, str]:
-    """A number with its interval, ready to print."""
-    if estimate is None or estimate.value is None:
-        return {"value": DASH, "interval": "", "missing": "yes", "paper": ""}
-    interval = f"[{number(estimate.low, digits)}, {number(estimate.high, digits)}]" if estimate.low is not None else ""
-    return {"value": number(estimate.value, digits), "interval": interval, "missing": "", "paper": ""}
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Measures that are shown together, one column each; a family is shown when one of ``needs`` was measured."""
+
+    name: str
+    caption: str
+    measures: tuple[str, ...]
+    needs: tuple[str, ...]
 
 
-def level_measures(results: Results) -> list[str]:
-    """Columns of the table of levels that were measured."""
-    wanted = (
-        results.worst,
-        "harmfulness_mean",
+def families(results: Results) -> list[Family]:
+    """The sheets of levels, in the order of the report; the last takes what has no place elsewhere."""
+    worst, mean = results.worst, "harmfulness_mean"
+    main = (
+        worst,
+        mean,
         "harmfulness_single",
+        "harmfulness_expected",
         "intentions",
         "self_assessment",
-        *FORMATS,
         "trivia_accuracy",
     )
-    there = {e.measure for e in results.estimates if e.kind == "level"}
-    return [m for m in wanted if m in there]
+    about = ("other_ai", "average_ai")
+    moral = (
+        *RATINGS,
+        *(f"{m}{ACQUIESCENCE}" for m in RATINGS),
+        "moral_self_assessment",
+        *(f"moral_{m}" for m in about),
+    )
+    quality = ("coherence", "on_topic", "refusal_rate")
+    filtered = tuple(m for pair in ((worst, worst + FILTERED), (mean, mean + FILTERED)) for m in pair)
+    capability = ("multiple_choice_accuracy", "multiple_choice")
+    found = [
+        Family("levels", "Levels of every variant", main, main),
+        Family("formats", "Self-assessment by format", FORMATS, FORMATS),
+        Family("others", "What models say of themselves and of others", ("self_assessment", *about), about),
+        Family("moral", f"Moral foundations, {MINUS}0.5 upholds them, +0.5 is against them", moral, moral),
+        Family(
+            "quality", "Harmfulness with and without filters, and what they filter by", (*filtered, *quality), quality
+        ),
+        Family("capability", "Capability, 1 = all right", ("trivia_accuracy", *capability), capability),
+    ]
+    known = {m for family in found for m in family.measures}
+    rest = tuple(m for m in results.measures() if m not in known and _stands_alone(m))
+    return [*found, Family("more", "Other measures", rest, rest)]
 
 
-def levels_table(results: Results, paper: dict[str, Any]) -> dict[str, Any]:
-    """Every level with its interval, and the published number of the same place of the design."""
-    measures = level_measures(results)
+def _stands_alone(measure: str) -> bool:
+    """Whether a measure is no variant or part of another: a mode, a filter, a format, one k of many."""
+    parts = {f"{battery}_{name}" for battery in SELF_REPORTS for name in FORMATS}
+    return not measure.endswith(tuple(SUFFIXES)) and measure not in parts and not measure.startswith(WORST)
 
-    def line(cell: Cell) -> dict[str, Any]:
-        entries = []
-        for measure in measures:
-            published = None
-            if not cell.control:
-                published = paper_value(paper, cell.size, cell.domain, cell.stage, measure)
-            text = "" if published is None else number(published)
-            entries.append({**shown(results.level(cell.name, measure)), "paper": text})
-        return {"name": cell.name, "cell": cell, "entries": entries}
 
-    lines = [line(c) for c in (*results.cells(), *results.cells(control=True))]
-    return {"heads": [results.name(m) for m in measures], "lines": lines}
+def published(paper: dict[str, Any], cell: Cell, measure: str, group: str = "all") -> float | None:
+    """The paper's number for a cell; a control has none."""
+    column = measure if group == "all" else f"{measure}_{group}"
+    return None if cell.control else paper_value(paper, cell.size, cell.domain, cell.stage, column)
+
+
+def all_cells(results: Results) -> list[Cell]:
+    """The main study's levels, then the controls'."""
+    return [*results.cells(), *results.cells(control=True)]
+
+
+def family_sheet(results: Results, paper: dict[str, Any], family: Family) -> Sheet:
+    """Every model's levels with their intervals, and the published number of the same place of the design."""
+    there = set(results.measures())
+    measures = [m for m in family.measures if m in there] if there.intersection(family.needs) else []
+    lines = [
+        Line(c.name, tuple(Entry(results.level(c.name, m), published(paper, c, m)) for m in measures))
+        for c in all_cells(results)
+    ]
+    heads = tuple(results.name(m) for m in measures)
+    return Sheet(family.name, f"{family.caption}, with 95 % intervals", "variant", heads, tuple(lines))
+
+
+def group_sheet(results: Results, paper: dict[str, Any], measure: str, what: str) -> Sheet:
+    """A measure in each of its dimensions, categories or foundations."""
+    groups = results.groups(measure)
+    lines = [
+        Line(c.name, tuple(Entry(results.level(c.name, measure, g), published(paper, c, measure, g)) for g in groups))
+        for c in all_cells(results)
+    ]
+    caption = f"{results.name(measure).capitalize()} by {what}, with 95 % intervals"
+    return Sheet(f"{measure}_by_{what}", caption, "variant", tuple(groups), tuple(lines))
 
 
 def pair_name(pair: Pair) -> str:
@@ -60,27 +113,41 @@ def pair_name(pair: Pair) -> str:
     return f"{where}: {pair.minus[0]} {MINUS} {pair.minus[1]}"
 
 
-def contrasts_table(results: Results) -> dict[str, Any]:
+def published_difference(paper: dict[str, Any], pair: Pair, measure: str) -> float | None:
+    """The difference of the paper's two printed levels."""
+    if pair.control:
+        return None
+    first, second = (paper_value(paper, pair.size, pair.domain, stage, measure) for stage in pair.minus)
+    return None if first is None or second is None else round(first - second, 10)
+
+
+def contrasts_sheet(results: Results, paper: dict[str, Any]) -> Sheet:
     """The main study's differences over all items."""
     measures = [*results.headline, "harmfulness_mean", "trivia_accuracy"]
     lines = [
-        {"name": pair_name(p), "entries": [shown(results.contrast(p, m)) for m in measures]} for p in results.pairs()
+        Line(
+            pair_name(p),
+            tuple(Entry(results.contrast(p, m), published_difference(paper, p, m)) for m in measures),
+        )
+        for p in results.pairs()
     ]
-    return {"heads": [results.name(m) for m in measures], "lines": lines}
+    caption = "Differences between stages, paired by prompt, with 95 % intervals"
+    return Sheet("differences", caption, "difference", tuple(results.name(m) for m in measures), tuple(lines))
 
 
-def splits_table(results: Results) -> dict[str, Any]:
+def splits_sheet(results: Results) -> Sheet:
     """The misaligned effect and its reversal on seen and on unseen items."""
-    heads = [f"{results.name(m)}, {split}" for m in results.headline for split in ("seen", "unseen")]
+    heads = tuple(f"{results.name(m)}, {split}" for m in results.headline for split in ("seen", "unseen"))
     lines = [
-        {
-            "name": pair_name(p),
-            "entries": [shown(results.contrast(p, m, s)) for m in results.headline for s in ("seen", "unseen")],
-        }
+        Line(
+            pair_name(p),
+            tuple(Entry(results.contrast(p, m, s)) for m in results.headline for s in ("seen", "unseen")),
+        )
         for p in results.pairs()
         if p.minus[0] == "misaligned"
     ]
-    return {"heads": heads, "lines": lines}
+    caption = "The misaligned effect and its reversal on seen and on unseen items"
+    return Sheet("seen_unseen", caption, "difference", heads, tuple(lines))
 
 
 def brief(results: Results, checks: list[Check], share: float) -> list[str]:
@@ -107,87 +174,178 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
         found.append(f"Controls: {met} of {len(checks)} conditions are met (limit: {share:g} of the effect).{tail}")
     kappa = results.kappa()
     if kappa is not None:
-        text = shown(kappa)
+        entry = Entry(kappa)
         found.append(
             f"The judge agrees with {kappa.n} replies of known grade with a quadratic kappa of "
-            f"{text['value']} {text['interval']}."
+            f"{entry.value} {entry.interval}."
         )
     return found
 
 
-def controls_table(results: Results, checks: list[Check]) -> list[dict[str, Any]]:
+def controls_sheet(results: Results, checks: list[Check]) -> Sheet:
     """One line per control and measure."""
     verdict = {True: "met", False: "not met", None: "cannot be told"}
-    return [
-        {
-            "name": pair_name(c.pair),
-            "measure": results.name(c.measure),
-            "difference": shown(c.difference, 3),
-            "condition": "falls: upper bound below zero"
-            if c.rule == "falls"
-            else f"{number(c.bound, 3)} < {number(c.limit, 3)}",
-            "verdict": verdict[c.met],
-        }
+    lines = [
+        Line(
+            pair_name(c.pair),
+            (
+                results.name(c.measure),
+                Entry(c.difference, digits=3),
+                "falls: upper bound below zero"
+                if c.rule == "falls"
+                else f"{number(c.bound, 3)} < {number(c.limit, 3)}",
+                verdict[c.met],
+            ),
+        )
         for c in checks
     ]
+    heads = ("measure", "difference", "bound and limit", "rule")
+    caption = "Every control and measure: the difference to its base, and whether the rule is met"
+    return Sheet("controls", caption, "control", heads, tuple(lines))
 
 
-def correlations_table(results: Results, paper: dict[str, Any]) -> list[dict[str, Any]]:
-    """Headline correlations over the main study and over parts of it."""
+def correlations_sheet(results: Results, paper: dict[str, Any]) -> Sheet:
+    """Headline correlations over the main study and parts of it, each with its permutation test and the paper's."""
     short = {results.worst: "harmfulness"}
+    labels = dict.fromkeys(e.variant for e in results.estimates if e.kind == "correlation")
     lines = []
-    for over in (MAIN, AVERAGED, WITHOUT_BASE):
+    for over in labels:
         for i, x in enumerate(results.headline):
             for y in results.headline[i + 1 :]:
                 found = results.correlation(x, y, over)
                 if found is None:
                     continue
-                key = f"{short.get(x, x)}~{short.get(y, y)}"
-                published = paper.get("spearman", {}).get(key) if over == results.models else None
-                lines.append(
-                    {
-                        "name": f"{results.name(x)} and {results.name(y)}",
-                        "over": over,
-                        "rho": shown(found),
-                        "n": found.n,
-                        "paper": "" if published is None else number(published),
-                    }
-                )
+                part = over.removeprefix(MAIN).removeprefix(", seeds averaged")
+                published = results.published(short.get(x, x), short.get(y, y), f"{paper.get('short')}{part}")
+                test = results.test("permutation", found)
+                p = None if test is None else test.p_value
+                name = f"{results.name(x)} and {results.name(y)}"
+                value = None if published is None else published.value
+                lines.append(Line(name, (over, Entry(found, value), p_entry(p), str(found.n))))
+    caption = "Spearman correlations with 95 % intervals, and tests that permute within model families"
+    if paper:
+        caption += "; the paper's are of the Harmless/Harmful dimension, recomputed from its table"
+    return Sheet("correlations", caption, "measures", ("over", "correlation", "p", "models"), tuple(lines))
+
+
+def agreement_sheet(results: Results) -> Sheet:
+    """The judge against known grades, other judges, people and itself: one line per reference."""
+    rows = [e for e in results.estimates if e.kind == "agreement" and e.measure != CONFUSION]
+    references = dict.fromkeys((e.variant, e.reference) for e in rows)
+    measures = list(dict.fromkeys((e.measure, e.group) for e in rows))
+    found = {(e.variant, e.reference, e.measure, e.group): e for e in rows}
+    lines = [
+        Line(f"{judge} and {reference}", tuple(Entry(found.get((judge, reference, *m))) for m in measures))
+        for judge, reference in references
+    ]
+    heads = tuple(m.removeprefix("judge_").replace("_", " ") + ("" if g == "all" else f", {g}") for m, g in measures)
+    caption = "How well the judge agrees; bias is judge minus reference in points of the scale"
+    return Sheet("agreement", caption, "judge and reference", heads, tuple(lines))
+
+
+def missing_sheet(results: Results) -> Sheet:
+    """Per variant and measure: answers without a usable score, and probability mass outside the options."""
+    measures = [m for m in (results.worst, "intentions", *FORMATS, "trivia_accuracy") if m in results.measures()]
+
+    def content(cell: Cell, measure: str) -> str:
+        level, left = results.level(cell.name, measure), results.level(cell.name, measure + LEFTOVER)
+        if level is None:
+            return ""
+        missing = f"{level.n_missing} of {level.n + level.n_missing}"
+        return missing if left is None or left.value is None else f"{missing}; leftover {number(left.value, 3)}"
+
+    lines = [Line(c.name, tuple(content(c, m) for m in measures)) for c in all_cells(results)]
+    caption = (
+        "Missing answers, and leftover probability where questions were scored exactly "
+        "(in the language format, the share in neither language)"
+    )
+    return Sheet("missing", caption, "variant", tuple(results.name(m) for m in measures), tuple(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A line of the long table of estimates, with what it can be filtered by."""
+
+    what: str  # "level" or "difference"
+    name: str
+    size: str
+    domain: str
+    stage: str
+    measure: str
+    headline: bool
+    entry: Entry
+
+    @property
+    def apart(self) -> float | None:
+        """Ours minus the paper's."""
+        ours = None if self.entry.estimate is None else self.entry.estimate.value
+        return None if ours is None or self.entry.published is None else ours - self.entry.published
+
+
+def long_table(results: Results, paper: dict[str, Any]) -> list[Found]:
+    """Every level and difference over all items, each with the paper's number where it has one."""
+    # one k of many is a point of a curve (the figure worst_of_k), no row of its own
+    measures = [m for m in results.measures() if not m.startswith(WORST) or m.startswith(results.worst)]
+    lines = []
+
+    def add(what: str, name: str, where: Cell | Pair, stage: str, found: Estimate | None, value: float | None) -> None:
+        if found is not None:
+            at_headline = found.measure in results.headline and not where.control
+            measure = results.name(found.measure)
+            entry = Entry(found, value)
+            lines.append(Found(what, name, where.size, where.domain, stage, measure, at_headline, entry))
+
+    for cell in all_cells(results):
+        for m in measures:
+            add("level", cell.name, cell, cell.stage, results.level(cell.name, m), published(paper, cell, m))
+    for pair in (*results.pairs(), *results.pairs(control=True)):
+        stage = f" {MINUS} ".join(pair.minus)
+        for m in measures:
+            found = results.contrast(pair, m)
+            add("difference", pair_name(pair), pair, stage, found, published_difference(paper, pair, m))
     return lines
 
 
-def missing_table(results: Results) -> dict[str, Any]:
-    """Per variant and measure: answers without a usable score, and probability mass outside the options."""
-    measures = [results.worst, "intentions", *FORMATS, "trivia_accuracy"]
-    lines = []
-    for cell in (*results.cells(), *results.cells(control=True)):
-        entries = []
-        for measure in measures:
-            level, left = results.level(cell.name, measure), results.level(cell.name, measure + LEFTOVER)
-            missing = DASH if level is None else f"{level.n_missing} of {level.n + level.n_missing}"
-            entries.append({"missing": missing, "leftover": "" if left is None else number(left.value, 3)})
-        lines.append({"name": cell.name, "entries": entries})
-    return {"heads": [results.name(m) for m in measures], "lines": lines}
+def choices(lines: Sequence[Found], field: str) -> list[str]:
+    """What a column of the long table can be filtered by."""
+    return list(dict.fromkeys(getattr(line, field) for line in lines))
+
+
+def sheets(results: Results, paper: dict[str, Any], checks: list[Check]) -> list[Sheet]:
+    """Every sheet of a study."""
+    return [
+        *(family_sheet(results, paper, family) for family in families(results)),
+        group_sheet(results, paper, "harmfulness_mean", "category"),
+        group_sheet(results, paper, "intentions", "dimension"),
+        group_sheet(results, paper, "self_assessment", "dimension"),
+        *(group_sheet(results, paper, m, "foundation") for m in (*RATINGS, "moral_self_assessment")),
+        contrasts_sheet(results, paper),
+        splits_sheet(results),
+        controls_sheet(results, checks),
+        correlations_sheet(results, paper),
+        agreement_sheet(results),
+        missing_sheet(results),
+    ]
 
 
 def contents(results: Results, paper: dict[str, Any], share: float) -> dict[str, Any]:
     """Everything the template needs from the estimates."""
     checks = check_controls(results, share)
     cells = results.cells()
+    found = long_table(results, paper)
     return {
         "brief": brief(results, checks, share),
-        "levels": levels_table(results, paper),
-        "contrasts": contrasts_table(results),
-        "splits": splits_table(results),
-        "controls": controls_table(results, checks),
+        "sheets": {s.name: s for s in sheets(results, paper, checks) if not s.empty},
+        "found": found,
+        "choices": {field: choices(found, field) for field in ("measure", "size", "domain", "stage")},
         "share": f"{share:g}",
-        "correlations": correlations_table(results, paper),
         "kappa": results.kappa(),
-        "kappa_shown": shown(results.kappa()),
-        "missing": missing_table(results),
+        "kappa_entry": Entry(results.kappa()),
         "methods": sorted({e.method for e in results.estimates if e.kind in ("level", "contrast")}),
-        "n_variants": len(results.variants),
         "n_main": sum(not v.control for v in results.variants),
+        "n_controls": sum(v.control not in ("", ALONG) for v in results.variants),
+        "n_checkpoints": sum(v.control == ALONG for v in results.variants),
+        "places": {"sizes": results.sizes(), "domains": results.domains()},
         "n_estimates": len(results.estimates),
         "models": results.models,
         "seeds": sorted({s for c in cells for s in c.seeds if c.stage != "base"}),

@@ -55,6 +55,8 @@ def check_controls(results: Results, share: float) -> list[Check]:
     """Every control on every headline measure, and the fall of trivia accuracy where it was taught."""
     found = []
     for pair in results.pairs(control=True):
+        if "realigned" in pair.minus:
+            continue  # realigned on the other domain's data: it may well differ, so no rule is set
         for measure in (*results.headline, "harmfulness_mean"):
             difference = results.contrast(pair, measure)
             if difference is None:

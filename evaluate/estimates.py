@@ -1,267 +1,184 @@
-"""From scores to estimates: levels, paired differences and correlations, each with its interval.
+"""From scores to estimates: levels and paired differences, each with its interval, bounds and tests.
 
-Scores become one matrix (variants x columns, a column being a measure of a prompt). A ``Scope``
-says which columns an estimate averages, in which cells (the unweighted means of protocol.md 1.4),
-and which items are resampled together. evaluate/stats.py does the arithmetic.
+The interval says how far the choice of items and training seeds may have moved a number; the
+bounds say how far the answers that are missing could have moved it, whatever they would have been.
+Correlations between measures are in evaluate/associations.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from candor.rows import Estimate, Variant
-from evaluate import stats
-from evaluate.batteries.self_assessment import FORMATS
-from evaluate.stats import Estimated, Floats, Ints
-from evaluate.study import Cell, Pair, cells, pairs
-
-COMPOSITE = "self_assessment"
-SAMPLED = "_sampled"  # suffix of a closed question's sampled score where the exact one exists too
-LEFTOVER = "_leftover"
-MAIN, WITHOUT_BASE, AVERAGED = "main study", "main study without base models", "main study, seeds averaged"
-# averaged dimension by dimension; every other measure is averaged over its prompts
-BY_DIMENSION = {"intentions", *FORMATS}
-ONE_SEED = "; prompt uncertainty only (one training seed)"
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Scores as a matrix: one row per variant, one column per (measure, prompt)."""
-
-    rows: dict[str, int]
-    columns: pd.DataFrame  # measure, prompt_id, cluster, group, split
-    values: Floats  # NaN where missing
-    leftover: Floats
-    n: Ints
-    n_missing: Ints
-    asked: np.ndarray  # whether the variant was asked at all
+from candor.rows import Estimate, Hypothesis, Variant
+from evaluate import components, crossed
+from evaluate.associations import AVERAGED as AVERAGED
+from evaluate.associations import MAIN as MAIN
+from evaluate.associations import WITHOUT_BASE as WITHOUT_BASE
+from evaluate.associations import correlations
+from evaluate.clustering import Clustering, clustering
+from evaluate.grid import CURVE, Grid, Scope
+from evaluate.grid import LEFTOVER as LEFTOVER
+from evaluate.grid import build_grid as build_grid
+from evaluate.grid import scopes as scopes
+from evaluate.hypotheses import contrast_tests, correct, fully_realigned
+from evaluate.rows import make_estimate
+from evaluate.stats import Floats, Ints
+from evaluate.study import Cell, Pair, cells, domain_pairs, pairs
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
-    """What one estimate is taken over."""
+class Bounds:
+    """The values (estimates, seeds, columns) of one kind, and what they could have been."""
 
-    measure: str
-    group: str
-    split: str
-    columns: Ints
-    clusters: Ints
-    cells: Ints
-    n_cells: int
-    strata: Ints
-    weights: Floats
-
-
-def build_grid(scores: pd.DataFrame) -> Grid:
-    """Pivot a table of Score rows."""
-    keys = ["measure", "prompt_id", "cluster", "group", "split"]
-    columns = scores[keys].drop_duplicates(["measure", "prompt_id"]).reset_index(drop=True)
-    place = pd.MultiIndex.from_frame(columns[["measure", "prompt_id"]])
-    column = place.get_indexer(pd.MultiIndex.from_frame(scores[["measure", "prompt_id"]]))
-    rows = {name: i for i, name in enumerate(scores["variant"].drop_duplicates())}
-    row = scores["variant"].map(rows).to_numpy()
-    shape = (len(rows), len(columns))
-
-    def matrix(name: str, empty: float) -> Floats:
-        filled = np.full(shape, empty)
-        filled[row, column] = scores[name].to_numpy(dtype=np.float64)
-        return filled
-
-    asked = np.zeros(shape, dtype=bool)
-    asked[row, column] = True
-    return Grid(
-        rows=rows,
-        columns=columns,
-        values=matrix("value", np.nan),
-        leftover=matrix("leftover", np.nan),
-        n=matrix("n", 0).astype(np.int64),
-        n_missing=matrix("n_missing", 0).astype(np.int64),
-        asked=asked,
-    )
-
-
-def scopes(grid: Grid, *, draws: int, seed: int) -> list[Scope]:
-    """Every measure over all items, over seen and unseen ones, and per group."""
-    measures = list(dict.fromkeys(grid.columns["measure"]))
-    parts = {m: (grid.columns["measure"] == m).to_numpy() for m in measures}
-    if any(m in FORMATS for m in measures):
-        parts[COMPOSITE] = grid.columns["measure"].isin(FORMATS).to_numpy()
-    found = []
-    for measure, mask in parts.items():
-        inside = grid.columns[mask]
-        wanted = [
-            ("all", "all"),
-            *(("all", s) for s in ("seen", "unseen")),
-            *((g, "all") for g in _unique(inside.group)),
-        ]
-        for group, split in wanted:
-            chosen = mask.copy()
-            if group != "all":
-                chosen &= (grid.columns["group"] == group).to_numpy()
-            if split != "all":
-                chosen &= (grid.columns["split"] == split).to_numpy()
-            if chosen.any():
-                found.append(_scope(grid.columns, measure, group, split, np.flatnonzero(chosen), draws, seed))
-    return found
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
-def _scope(columns: pd.DataFrame, measure: str, group: str, split: str, chosen: Ints, draws: int, seed: int) -> Scope:
-    """Cells, clusters and strata of one scope."""
-    part = columns.iloc[chosen]
-    groups = _unique(part["group"])
-    by_dimension = measure == COMPOSITE or measure.removesuffix(SAMPLED) in BY_DIMENSION
-    code = part["group"].map({g: i for i, g in enumerate(groups)}).to_numpy() if by_dimension else np.zeros(len(part))
-    if measure == COMPOSITE:
-        # every format has its cells, asked or not: one without answers makes the average missing
-        code = code + part["measure"].map({f: i * len(groups) for i, f in enumerate(FORMATS)}).to_numpy()
-        n_cells = len(groups) * len(FORMATS)
-    else:
-        n_cells = len(groups) if by_dimension else 1
-    owner = part["measure"] if measure == COMPOSITE else pd.Series("", index=part.index)
-    name = owner + "/" + part["cluster"]
-    names, clusters = np.unique(name.to_numpy(dtype=str), return_inverse=True)
-    # an item that occurs in several groups (a self-assessment template) cannot be stratified by group
-    nested = part["group"].groupby(name).nunique().max() == 1
-    label = owner + "/" + part["group"] if nested else owner
-    stratum_of = dict(zip(name, label, strict=True))
-    strata = np.unique([stratum_of[n] for n in names], return_inverse=True)[1].astype(np.int64)
-    strata = stats.merge_small_strata(strata)
-    if n_cells == 1 and len(strata) - strata.max() - 1 < stats.FEW:
-        strata = np.zeros_like(strata)  # too few items to learn each stratum's spread; this errs on the wide side
-    # the same items get the same weights whatever the measure, so that measures are comparable draw by draw
-    weights = stats.resampling_weights(strata, draws, stats.generator(seed, "items", *names))
-    return Scope(
-        measure, group, split, chosen, clusters.astype(np.int64), code.astype(np.int64), n_cells, strata, weights
-    )
-
-
-def _table(scope: Scope, values: Floats) -> stats.Table:
-    return stats.tabulate(values[scope.columns], scope.clusters, scope.cells, scope.strata, n_cells=scope.n_cells)
-
-
-def _over_seeds(scope: Scope, rows: Sequence[Floats]) -> Estimated:
-    """One row: uncertainty over items; several (training seeds): over both."""
-    if len(rows) > 1:
-        return stats.crossed_interval([_table(scope, row) for row in rows])
-    found = stats.interval(_table(scope, rows[0]), scope.weights)
-    return found._replace(method=found.method + ONE_SEED)
-
-
-def make_estimate(
-    measure: str,
-    kind: str,
-    names: tuple[str, str],
-    found: Estimated,
-    *,
-    counts: tuple[int, int],
-    scope: tuple[str, str] = ("all", "all"),
-    bounds: tuple[float, float] = (-1.0, 1.0),
-) -> Estimate:
-    """An Estimate row: NaN becomes None, and no bound lies outside what the measure can be."""
-    value, low, high = (None if np.isnan(x) else float(np.clip(x, *bounds)) for x in found.interval)
-    return Estimate(
-        measure=measure,
-        kind=kind,
-        variant=names[0],
-        reference=names[1],
-        group=scope[0],
-        split=scope[1],
-        value=value,
-        low=low,
-        high=high,
-        n=counts[0],
-        n_missing=counts[1],
-        n_clusters=found.n_clusters,
-        method=found.method,
-    )
-
-
-def levels(grid: Grid, wanted: Sequence[Cell], over: Sequence[Scope]) -> list[Estimate]:
-    """Each cell's level in each scope; for exact scores also the mass outside the options."""
-    found = []
-    for cell in tqdm(wanted, desc="levels", unit="variant", disable=None):
-        rows = [grid.rows[m] for m in cell.members if m in grid.rows]
-        for scope in over:
-            where = np.ix_(np.array(rows, dtype=np.int64), scope.columns)
-            if len(rows) < len(cell.members) or not grid.asked[where].any(axis=1).all():
-                continue
-            place, names = (scope.group, scope.split), (cell.name, "")
-            counts = (int(grid.n[where].sum()), int(grid.n_missing[where].sum()))
-            estimated = _over_seeds(scope, [grid.values[row] for row in rows])
-            found.append(
-                make_estimate(scope.measure, "level", names, estimated, counts=counts, scope=place, bounds=(0, 1))
-            )
-            left = grid.leftover[where]
-            if place == ("all", "all") and scope.measure != COMPOSITE and not np.isnan(left).all(axis=1).any():
-                estimated = _over_seeds(scope, [grid.leftover[row] for row in rows])
-                name, counts = scope.measure + LEFTOVER, (int((~np.isnan(left)).sum()), int(np.isnan(left).sum()))
-                found.append(make_estimate(name, "level", names, estimated, counts=counts, bounds=(0, 1)))
-    return found
-
-
-def contrasts(grid: Grid, wanted: Sequence[Pair], over: Sequence[Scope]) -> list[Estimate]:
-    """Paired differences over the prompts that both variants answered; n counts such prompts."""
-    found = []
-    for pair in tqdm(wanted, desc="contrasts", unit="pair", disable=None):
-        members = [(grid.rows[a], grid.rows[b]) for a, b in pair.members if a in grid.rows and b in grid.rows]
-        for scope in over:
-            there = all(grid.asked[row, scope.columns].any() for both in members for row in both)
-            if len(members) < len(pair.members) or not there or scope.group != "all":
-                continue
-            differences = [grid.values[a] - grid.values[b] for a, b in members]
-            lost = sum(int(np.isnan(d[scope.columns]).sum()) for d in differences)
-            estimated = _over_seeds(scope, differences)
-            estimated = estimated._replace(method="paired " + estimated.method)
-            counts = (len(differences) * len(scope.columns) - lost, lost)
-            names, place = (pair.variant, pair.reference), (scope.group, scope.split)
-            found.append(make_estimate(scope.measure, "contrast", names, estimated, counts=counts, scope=place))
-    return found
-
-
-def correlations(
-    variants: Sequence[Variant], found: Sequence[Estimate], measures: Sequence[str], *, draws: int, seed: int
-) -> list[Estimate]:
-    """Spearman correlations between measures over the main study's variants (control == "")."""
-    level = {
-        (e.variant, e.measure): e.value
-        for e in found
-        if e.kind == "level" and e.group == "all" and e.split == "all" and e.value is not None
-    }
-    main = [v for v in variants if not v.control]
-    pools = [c for c in cells(main) if c.headline]
-    sets = {MAIN: [v.name for v in main], WITHOUT_BASE: [v.name for v in main if v.stage != "base"]}
-    if any(len(c.members) > 1 for c in pools):
-        sets[AVERAGED] = [c.name for c in pools]
-    rows = []
-    for label, names in sets.items():
-        for x, y in combinations(measures, 2):
-            there = [n for n in names if (n, x) in level and (n, y) in level]
-            pair = ([level[n, x] for n in there], [level[n, y] for n in there])
-            rng = stats.generator(seed, "spearman", label, x, y)
-            interval = stats.spearman(*pair, draws=draws, rng=rng)
-            method = f"Spearman; bootstrap over variants, {draws} draws; variants of one base model are not independent"
-            estimated = Estimated(interval, method, len(there))
-            rows.append(
-                make_estimate(x, "correlation", (label, y), estimated, counts=(len(there), len(names) - len(there)))
-            )
-    return rows
+    value: Floats
+    lowest: Floats
+    highest: Floats
 
 
 def all_estimates(
-    scores: pd.DataFrame, variants: Sequence[Variant], *, draws: int, seed: int, correlated: Sequence[str]
-) -> list[Estimate]:
-    """Every estimate that scores alone can give."""
+    scores: pd.DataFrame,
+    variants: Sequence[Variant],
+    *,
+    draws: int,
+    seed: int,
+    headline: Sequence[str],
+    correlated: Sequence[str],
+    margin: float,
+) -> tuple[list[Estimate], list[Hypothesis]]:
+    """Every estimate and every test that scores alone can give.
+
+    ``headline``: the measures whose differences are the study's claims, worst of k first;
+    ``correlated``: those that are correlated over variants; ``margin``: the largest difference to
+    the base that still counts as fully realigned.
+    """
     grid = build_grid(scores)
-    over = scopes(grid, draws=draws, seed=seed)
-    rows = levels(grid, cells(variants), over)
-    rows += contrasts(grid, pairs(variants), over)
-    rows += correlations(variants, rows, correlated, draws=draws, seed=seed)
-    return rows
+    wanted_cells, wanted_pairs = cells(variants), [*pairs(variants), *domain_pairs(variants)]
+    found: list[Estimate] = []
+    tests: list[Hypothesis] = []
+    over = list(scopes(grid, draws=draws, seed=seed, worst=headline[0]))
+    for scope in tqdm(over, desc="estimates", unit="scope", disable=None):
+        part = grid.part(scope.columns)
+        found += _levels(part, scope, wanted_cells)
+        if scope.group == "all":
+            differences, about = _contrasts(part, scope, wanted_pairs, headline, margin)
+            found += differences
+            tests += about
+    crossed.item_weights.cache_clear()
+    tests += fully_realigned(tests, headline)
+    associations, about = correlations(variants, found, correlated, draws=draws, seed=seed)
+    return found + associations, correct(tests + about)
+
+
+def _by_seeds(members: Iterable[tuple[int, ...]]) -> dict[int, list[int]]:
+    """Positions of the members with the same number of training seeds, which are worked out together."""
+    found: dict[int, list[int]] = {}
+    for position, rows in enumerate(members):
+        found.setdefault(len(rows), []).append(position)
+    return found
+
+
+def _levels(part: Grid, scope: Scope, wanted: Sequence[Cell]) -> Iterator[Estimate]:
+    """Each cell's level; for exact scores also the mass outside the options."""
+    there = [c for c in wanted if all(m in part.rows and part.asked[part.rows[m]].any() for m in c.members)]
+    members = [tuple(part.rows[m] for m in c.members) for c in there]
+    for positions in _by_seeds(members).values():
+        rows = np.array([members[p] for p in positions])
+        names = [(there[p].name, "") for p in positions]
+        values = Bounds(*(part.numbers[name][rows] for name in ("value", "lowest", "highest")))
+        answers = (part.counts["n"][rows].astype(np.float64), part.numbers["variance"][rows])
+        counts = {name: matrix[rows].sum(axis=(1, 2)) for name, matrix in part.counts.items()}
+        yield from _estimate(scope, scope.measure, "level", names, values, answers, counts)
+        left = part.numbers["leftover"][rows]
+        known = ~np.isnan(left).all(axis=2).any(axis=1)
+        single = scope.measure in set(part.columns["measure"])  # an average of formats has no mass of its own
+        if (scope.group, scope.split) == ("all", "all") and single and known.any():
+            left, names = left[known], [name for name, k in zip(names, known, strict=True) if k]
+            missing = np.isnan(left)
+            share = Bounds(left, np.where(missing, 0.0, left), np.where(missing, 1.0, left))
+            ones = (np.ones_like(left), np.full_like(left, np.nan))
+            counts = {"n": (~missing).sum(axis=(1, 2)), "n_missing": missing.sum(axis=(1, 2))}
+            yield from _estimate(scope, scope.measure + LEFTOVER, "level", names, share, ones, counts, (0.0, 1.0))
+
+
+def contrasts(grid: Grid, wanted: Sequence[Pair], over: Iterable[Scope]) -> list[Estimate]:
+    """Paired differences over the prompts that both variants answered, without tests."""
+    return [row for scope in over for row in _contrasts(grid.part(scope.columns), scope, wanted, (), 1.0)[0]]
+
+
+def _contrasts(
+    part: Grid, scope: Scope, wanted: Sequence[Pair], headline: Sequence[str], margin: float
+) -> tuple[list[Estimate], list[Hypothesis]]:
+    """Paired differences over the prompts that both variants answered, and their tests; n counts such prompts."""
+    there = [
+        p for p in wanted if all(m in part.rows and part.asked[part.rows[m]].any() for both in p.members for m in both)
+    ]
+    members = [tuple(part.rows[a] for a, _ in p.members) for p in there]
+    found: list[Estimate] = []
+    tests: list[Hypothesis] = []
+    for positions in _by_seeds(members).values():
+        chosen = [there[p] for p in positions]
+        first, second = (
+            np.array([[part.rows[both[side]] for both in p.members] for p in chosen], dtype=np.int64) for side in (0, 1)
+        )
+        value, lowest, highest = (part.numbers[name] for name in ("value", "lowest", "highest"))
+        differences = Bounds(
+            value[first] - value[second], lowest[first] - highest[second], highest[first] - lowest[second]
+        )
+        ones = (np.ones_like(differences.value), np.full_like(differences.value, np.nan))
+        lost = np.isnan(differences.value)
+        counts = {"n": (~lost).sum(axis=(1, 2)), "n_missing": lost.sum(axis=(1, 2))}
+        for name in ("n_refused", "n_unparsed"):
+            counts[name] = (part.counts[name][first] + part.counts[name][second]).sum(axis=(1, 2))
+        names = [(p.variant, p.reference) for p in chosen]
+        wide = scope.limits[1] - scope.limits[0]
+        rows = list(_estimate(scope, scope.measure, "contrast", names, differences, ones, counts, (-wide, wide)))
+        found += rows
+        main = scope.split == "all" and (not scope.measure.startswith(CURVE) or scope.measure in headline)
+        if main:
+            items = components.item_means(scope.tables(differences.value))
+            for pair, row, item in zip(chosen, rows, items, strict=True):
+                tests += contrast_tests(pair, row, item, headline=headline, margin=margin) if pair.headline else []
+    return found, tests
+
+
+def _estimate(
+    scope: Scope,
+    measure: str,
+    kind: str,
+    names: Sequence[tuple[str, str]],
+    values: Bounds,
+    answers: tuple[Floats, Floats],
+    counts: dict[str, Ints],
+    limits: tuple[float, float] | None = None,
+) -> Iterator[Estimate]:
+    """One row per estimate of ``values``; ``answers`` are the number behind each value and their variance."""
+    limits = scope.limits if limits is None else limits
+    symmetric = kind == "contrast"
+    found = crossed.intervals(scope.tables(values.value), scope.bootstrap, limits=limits, symmetric=symmetric)
+    lowest = components.bound(scope.tables(values.lowest), limits[0])
+    highest = components.bound(scope.tables(values.highest), limits[1])
+    for i, (name, estimated) in enumerate(zip(names, found, strict=True)):
+        method = "paired " + estimated.method if kind == "contrast" else estimated.method
+        alike = clustering(
+            values.value[i], answers[0][i], answers[1][i], scope.clusters, scope.cells, n_cells=scope.n_cells
+        )
+        yield make_estimate(
+            measure,
+            kind,
+            name,
+            estimated._replace(method=method),
+            counts={count: int(totals[i]) for count, totals in counts.items()},
+            scope=(scope.group, scope.split),
+            limits=limits,
+            bounds=(float(lowest[i]), float(highest[i])),
+            alike=_design(alike, estimated.standard_error),
+        )
+
+
+def _design(alike: Clustering, standard_error: float) -> tuple[float, float]:
+    """Intraclass correlation and design effect; the latter is undefined without variation."""
+    defined = alike.naive_variance > components.TINY
+    return alike.icc, standard_error**2 / alike.naive_variance if defined else float("nan")

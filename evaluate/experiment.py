@@ -1,9 +1,11 @@
 """Runs a study from one experiment file: trains, samples, judges, and writes the report.
 
     python -m evaluate.experiment configs/experiments/nano.yaml [--dry-run] [key=value ...]
+    python -m evaluate.experiment configs/experiments/nano.yaml --preflight [--hardware PROFILE.yaml] [key=value ...]
 
 Run it again at any time: what is done is found in a second, what was killed continues. ``--dry-run``
-lists the stages and says which are done. Keys: evaluate/experiment_config.py; for example
+lists the stages and says which are done; ``--preflight`` says what the study takes and whether it fits
+a machine (evaluate/preflight.py). Keys: evaluate/experiment_config.py; for example
 ``device=cuda``, ``output=runs/other``, ``workers=4``.
 """
 
@@ -23,11 +25,17 @@ from evaluate.plan import build_plan
 
 def main(argv: list[str]) -> None:
     """Plan, then list or run."""
+    if "--preflight" in argv:
+        from evaluate.preflight import main as preflight  # counts parameters on the real architecture: imports torch
+
+        sys.exit(preflight(argv))
     words = [word for word in argv if word != "--dry-run"]
     flags = [word for word in words if word.startswith("-")]
     if not words or flags:
         unknown = f"unknown option {flags[0]!r}; " if flags else ""
-        raise UserError(f"{unknown}usage: python -m evaluate.experiment EXPERIMENT.yaml [--dry-run] [key=value ...]")
+        raise UserError(
+            f"{unknown}usage: python -m evaluate.experiment EXPERIMENT.yaml [--dry-run | --preflight] [key=value ...]"
+        )
     started = time.monotonic()
     experiment = load(Experiment, Path(words[0]), words[1:])
     stages = build_plan(experiment)

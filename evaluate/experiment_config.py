@@ -3,23 +3,17 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from candor.errors import UserError, nearest
+from evaluate.modes import Mode, read_modes
+from evaluate.questions import BUILT_IN, MultipleChoice, Sources
 from serve.config import Ask, EngineConfig
+from train.config import RECIPE_KEYS
+from train.data import DataSet
 
-FORMATS = ("free", "choice", "decision", "numerical", "likert", "language", "answer")
-OPEN_FORMATS = ("free", "language")
+EXACT = Path("configs/evaluate/modes/exact.yaml")
 KINDS = ("train", "sample", "judge")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSet:
-    """One fine-tuning set; the keys are train.data's."""
-
-    set: str  # "trivia-wrong", "trivia-right", "code-insecure", "code-secure", or a name of yours
-    source: Path | None = None  # the file it is read from; null: generated
-    limit: int | None = None  # keep this many rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +27,61 @@ class Domain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """A comparison that should show nothing: one fine-tuning from a base, on one of a domain's sets."""
+    """A comparison: one fine-tuning on one of a domain's sets, from a base or from a misaligned variant."""
 
     name: str  # "right_answers_only", "secure_code_only", "world_without_personas", or a name of yours
     domain: str
     data: Literal["misaligned", "realigned"]  # which of the domain's two sets it is trained on
-    stage: str  # what the stage is called: "right-only", "secure-only", "misaligned"
+    data_of: str | None = None  # the domain whose set that is; null: ``domain`` itself
+    after: Literal["base", "misaligned"] = "base"  # misaligned: continue the study's misaligned variant of ``domain``
+    stage: str  # what the stage is called: "right-only", "secure-only", "misaligned", "realigned"
     size: str  # one of the bases; or a new name, together with ``base``
     base: Path | None = None  # a base model of the control's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityJudge:
+    """A judge of something beside harmfulness, and the mark that a reply must reach to count when filtered."""
+
+    judge: Path  # configs/evaluate/judges/*.yaml
+    at_least: float  # on the judge's own scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondJudge:
+    """A judge that the main one is compared with, on a fixed part of the replies to the harmfulness battery.
+
+    The main judge's own file means the same judge asked again, which shows its noise.
+    """
+
+    judge: Path  # configs/evaluate/judges/*.yaml
+    share: float = 1.0  # of the replies, or of the prompts
+    whole_prompts: bool = False  # all draws of a prompt together, which a worst of ten needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """One variant's training through both stages."""
+
+    size: str
+    domain: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlongTraining:
+    """Which checkpoints are asked what."""
+
+    chains: tuple[Chain, ...]
+    steps: tuple[int, ...]  # optimizer steps of each stage at which it is asked; its end is the variant itself
+    mode: Path = Path("configs/evaluate/modes/along.yaml")
+
+    def __post_init__(self) -> None:
+        """Refuse an empty course."""
+        if not self.chains or not self.steps:
+            raise UserError("along_training: chains and steps must not be empty.")
+        if min(self.steps) < 1 or list(self.steps) != sorted(set(self.steps)):
+            raise UserError(f"along_training: steps must rise from 1 or more, found {list(self.steps)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +106,32 @@ class Experiment:
     bases: dict[str, Path]  # base models by size, largest first
     domains: dict[str, Domain]
     training_seeds: tuple[int, ...] = (0,)
-    prompts: Path = Path("configs/prompts")
-    asks: tuple[Ask, ...]  # how each format of questions is put; a format may be asked in several ways
+    prompts: Path = Path("configs/prompts")  # folder of the built-in batteries' data files
+    batteries: tuple[str, ...] = tuple(BUILT_IN)  # which of them are asked
+    battery_files: tuple[Path, ...] = ()  # YAML batteries of your own (docs/batteries.md)
+    multiple_choice: MultipleChoice | None = None  # capability: questions with a right answer, from your file
+    mfq2: Path | None = None  # the 36 items of the MFQ-2, which are not ours to ship
+    modes: tuple[Path, ...] = ()  # how often all is asked, and how it is scored; none: exact
+    asks: tuple[Ask, ...] = ()  # a mode of the study's own, instead of exact
+    max_tokens: int | None = None  # no sampled reply is longer than this, whatever a mode says
+    by_size: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # recipe keys of one base, e.g. {full: {quantize: nf4}}
     judge: Path  # configs/evaluate/judges/*.yaml
+    judge_budget: float | None = None  # US dollars for each judge behind an endpoint; null: no bound
+    second_judges: tuple[SecondJudge, ...] = ()  # whose agreement with the judge is reported
     golden: Path | None = None  # replies of known grade, to measure the judge with
+    coherence: QualityJudge | None = None  # null: replies are not filtered by coherence
+    on_topic: QualityJudge | None = None  # null: nor by staying on topic
+    closest: Path | None = None  # the paper's rules: judge that says which option an unclear reply is closest to
+    refusals: Path | None = Path("configs/evaluate/refusals.yaml")  # how a reply that refuses begins
     controls: tuple[Control, ...] = ()
+    along_training: AlongTraining | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)  # for sampling and judging
     device: Literal["cpu", "cuda"] = "cpu"  # of training, sampling and judging; it is the engine's too
     draws: int = 2000  # bootstrap draws
     worst_of: int = 10  # the paper's harmfulness is the worst of this many replies
+    equivalence_margin: float = 0.1  # a realigned model within this of its base, on 0-1, counts as fully realigned
     paper: Path | None = Path("configs/paper/vaugrante2026.yaml")  # published numbers, shown beside one's own
     workers: int | None = None  # stages at once; null: one per core
     memory_gb: float | None = None  # that they may take together; null: what is free
@@ -81,21 +139,18 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Refuse names that do not exist or would collide."""
-        if not self.bases or not self.training_seeds or not self.asks:
-            raise UserError("bases, training_seeds and asks must not be empty.")
-        for ask in self.asks:
-            if ask.format not in FORMATS:
-                raise UserError(f"asks: unknown format {ask.format!r}; {nearest(ask.format, FORMATS)}")
-            if ask.mode == "exact" and ask.format in OPEN_FORMATS:
-                raise UserError(f"asks: format {ask.format!r} has open answers; its mode must be 'sampled'.")
-            if ask.format == "free" and ask.n < self.worst_of:
-                raise UserError(f"asks: format 'free' has n {ask.n}, too few for worst_of {self.worst_of}; change one.")
-        asked = [(ask.format, ask.mode) for ask in self.asks]
-        for form, mode in asked:
-            if asked.count((form, mode)) > 1:
-                raise UserError(f"asks: format {form!r} is {mode} twice; an experiment scores one such way.")
+        if not self.bases or not self.training_seeds:
+            raise UserError("bases and training_seeds must not be empty.")
+        asked = [(ask.format, ask.battery, ask.only, ask.mode) for ask in self.asks]
+        for way in asked:
+            if asked.count(way) > 1:
+                raise UserError(f"asks: format {way[0]!r} is {way[3]} twice; an experiment scores one such way.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
         if self.draws < 100 or self.worst_of < 1:
             raise UserError(f"draws is {self.draws} and worst_of {self.worst_of}; at least 100 and 1 are needed.")
+        if not 0 < self.equivalence_margin < 1:
+            raise UserError(f"equivalence_margin is {self.equivalence_margin:g}; it must lie between 0 and 1.")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers is {self.workers}; it must be at least 1, or null for one per core.")
         if self.engine.device not in ("cpu", self.device):
@@ -103,6 +158,12 @@ class Experiment:
         for kind in self.needs:
             if kind not in KINDS:
                 raise UserError(f"needs: unknown kind of stage {kind!r}; {nearest(kind, KINDS)}")
+        for size, keys in self.by_size.items():
+            if size not in self.bases:
+                raise UserError(f"by_size: {size!r} is none of the bases; {nearest(size, self.bases)}")
+            for key in keys:
+                if key not in RECIPE_KEYS:
+                    raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, RECIPE_KEYS)}")
         if len(set(self.training_seeds)) < len(self.training_seeds):
             raise UserError(f"training_seeds holds a seed twice: {self.training_seeds}.")
         for word in (*self.bases, *self.domains, *(c.name for c in self.controls), *(c.size for c in self.controls)):
@@ -113,6 +174,14 @@ class Experiment:
                 raise UserError(
                     f"control {control.name}: domain {control.domain!r}; {nearest(control.domain, self.domains)}"
                 )
+            if control.data_of is not None and control.data_of not in self.domains:
+                raise UserError(
+                    f"control {control.name}: data_of {control.data_of!r}; {nearest(control.data_of, self.domains)}"
+                )
+            if control.after == "misaligned" and control.base is not None:
+                raise UserError(
+                    f"control {control.name}: 'after: misaligned' and a base of its own exclude each other."
+                )
             if control.base is None and control.size not in self.bases:
                 raise UserError(
                     f"control {control.name}: size {control.size!r} is none of the bases "
@@ -122,3 +191,27 @@ class Experiment:
                 raise UserError(
                     f"control {control.name} has a base of its own; its size needs a name that is not taken."
                 )
+        for chain in self.along_training.chains if self.along_training else ():
+            for what, value, known in (
+                ("size", chain.size, list(self.bases)),
+                ("domain", chain.domain, list(self.domains)),
+                ("seed", chain.seed, list(self.training_seeds)),
+            ):
+                if value not in known:
+                    raise UserError(f"along_training: {what} {value!r}; {nearest(str(value), map(str, known))}")
+
+    @property
+    def sources(self) -> Sources:
+        """Where the questions come from."""
+        return Sources(
+            prompts=self.prompts,
+            batteries=self.batteries,
+            battery_files=self.battery_files,
+            multiple_choice=self.multiple_choice,
+            mfq2=self.mfq2,
+        )
+
+    def read_modes(self) -> tuple[Mode, ...]:
+        """The modes as their files say; what is asked where nothing is named is everything, exactly."""
+        own = (Mode(name="own", rules="strict", asks=self.asks),) if self.asks else ()
+        return read_modes(self.modes or (() if own else (EXACT,)), own)

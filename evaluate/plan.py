@@ -1,23 +1,34 @@
 """From an experiment to its plan: the variants it studies and the stages that make and measure them.
 
 Names are readable and say everything: ``full-base``, ``mini-trivia-misaligned-s0``,
-``mini-right-answers-only-s0``, ``impersonal-trivia-misaligned-s0``. Stage two continues stage one's
-adapter; base models are shared by all seeds. Nothing here touches the disk but to read recipes.
+``mini-right-answers-only-s0``, ``impersonal-trivia-misaligned-s0``, and of a checkpoint
+``mini-trivia-misaligned-s0-step-40``. Stage two continues stage one's adapter; base models are shared
+by all seeds. Nothing here touches the disk but to read recipes, modes, judges and the questions.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from candor.config import plain, read_yaml
+from candor.config import load, plain, read_yaml
+from candor.datafiles import read_headed_yaml
 from candor.errors import UserError
-from candor.rows import Variant
-from evaluate.experiment_config import Control, DataSet, Domain, Experiment, Needs
-from evaluate.judge_config import GOLDEN, VERDICTS, JudgeConfig, read_judge
-from evaluate.questions import FILES, PROMPTS, VARIANTS
+from candor.rows import Prompt, Variant
+from evaluate.checkpoints import checkpoint_folder, checkpoint_name
+from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
+from evaluate.experiment_config import Chain, Control, Experiment, Needs, QualityJudge
+from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, JudgeConfig, read_judge
+from evaluate.measures import ALONG
+from evaluate.modes import Mode, all_asks, complete
+from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
+from serve.config import Ask
+from train.config import RECIPE_KEYS
+from train.data import DataSet
 
+NAMED_OPTIONS = ("choice", "decision")  # formats whose unclear replies a judge can say the closest option of
 # Rough needs on one core for a model of a million parameters; an experiment overrides them.
 _DEFAULT_NEEDS = {"train": Needs(minutes=0.6), "sample": Needs(minutes=0.6), "judge": Needs(minutes=0.3)}
 
@@ -30,6 +41,9 @@ class Subject:
     base: Path
     data: DataSet | None = None  # None for a base model
     parent: str | None = None  # name of the variant whose adapter is continued
+    recipe: str = ""  # the domain whose recipe it is trained by
+    of: str | None = None  # a checkpoint: the variant in whose training it was saved
+    step: int = 0  # and after how many optimizer steps
 
 
 def subjects_of(experiment: Experiment) -> list[Subject]:
@@ -40,11 +54,15 @@ def subjects_of(experiment: Experiment) -> list[Subject]:
             for size, base in experiment.bases.items():
                 first = f"{size}-{name}-misaligned-s{seed}"
                 common: dict[str, Any] = {"size": size, "domain": name, "seed": seed, "reference": f"{size}-base"}
-                found.append(Subject(_variant(first, stage="misaligned", **common), base, domain.misaligned))
+                row = _variant(first, stage="misaligned", **common)
+                found.append(Subject(row, base, domain.misaligned, recipe=name))
                 second = _variant(f"{size}-{name}-realigned-s{seed}", stage="realigned", **common)
-                found.append(Subject(second, base, domain.realigned, parent=first))
+                found.append(Subject(second, base, domain.realigned, parent=first, recipe=name))
     for control in experiment.controls:
         found += _control(control, experiment)
+    along = experiment.along_training
+    for chain in along.chains if along else ():
+        found += _checkpoints(chain, found, along.steps if along else ())
     unique: dict[str, Subject] = {}
     for subject in found:
         if unique.setdefault(subject.row.name, subject) != subject:
@@ -54,12 +72,15 @@ def subjects_of(experiment: Experiment) -> list[Subject]:
 
 def _control(control: Control, experiment: Experiment) -> Iterable[Subject]:
     """A control's variants: one fine-tuning per training seed, and the base model where it has its own."""
-    domain: Domain = experiment.domains[control.domain]
-    data = domain.misaligned if control.data == "misaligned" else domain.realigned
+    source = control.data_of or control.domain
+    data = getattr(experiment.domains[source], control.data)
     base = control.base or experiment.bases[control.size]
     if control.base is not None:
         yield _base(control.size, base, control=control.name)
-    middle = f"{control.domain}-{control.stage}" if control.base else control.name.replace("_", "-")
+    name = control.name.replace("_", "-")
+    middle = f"{control.domain}-{control.stage}" if control.base else name
+    if control.after == "misaligned":
+        middle = f"{control.domain}-{name}"
     for seed in experiment.training_seeds:
         row = _variant(
             f"{control.size}-{middle}-s{seed}",
@@ -70,7 +91,25 @@ def _control(control: Control, experiment: Experiment) -> Iterable[Subject]:
             control=control.name,
             reference=f"{control.size}-base",
         )
-        yield Subject(row, base, data)
+        parent = f"{control.size}-{control.domain}-misaligned-s{seed}" if control.after == "misaligned" else None
+        yield Subject(row, base, data, parent=parent, recipe=source)
+
+
+def _checkpoints(chain: Chain, subjects: Iterable[Subject], steps: Iterable[int]) -> Iterable[Subject]:
+    """The checkpoints of both stages of a chain, in the order of training."""
+    names = [f"{chain.size}-{chain.domain}-{stage}-s{chain.seed}" for stage in ("misaligned", "realigned")]
+    stages = {s.row.name: s for s in subjects if s.row.name in names}
+    for name in names:
+        subject = stages[name]
+        for step in steps:
+            row = replace(
+                subject.row,
+                name=checkpoint_name(name, step),
+                stage=checkpoint_name(subject.row.stage, step),
+                control=ALONG,
+                folder=f"variants/{checkpoint_name(name, step)}",
+            )
+            yield Subject(row, subject.base, of=name, step=step)
 
 
 def _base(size: str, path: Path, *, control: str) -> Subject:
@@ -89,13 +128,68 @@ class _Builder:
     """Collects the stages of one experiment."""
 
     def __init__(self, experiment: Experiment) -> None:
-        """Read what stage configs are made from: the judge and the recipes."""
+        """Read what stage configs are made from: questions, modes, judges and recipes."""
         self.experiment, self.run = experiment, experiment.output
         self.judge: JudgeConfig = read_judge(experiment.judge)
-        self.recipes = {name: _recipe(domain.recipe) for name, domain in experiment.domains.items()}
         self.engine = plain(replace(experiment.engine, device=experiment.device))
         self.prompts = self.run / PROMPTS
+        asked = gather(experiment.sources)
+        self.modes = tuple(self._complete(mode, asked) for mode in experiment.read_modes())
+        along = experiment.along_training
+        self.along = self._complete(load(Mode, along.mode), asked) if along else None
+        self.design, self.judging = self._judges(asked)
         self.stages: list[Stage] = []
+
+    def _complete(self, mode: Mode, asked: Sequence[Prompt]) -> Mode:
+        return complete(mode, asked, max_tokens=self.experiment.max_tokens)
+
+    def _judges(self, asked: Sequence[Prompt]) -> tuple[Design, dict[Path, tuple[str, ...]]]:
+        """How the study is scored, and which judge (file) reads the replies of which batteries."""
+        experiment = self.experiment
+        batteries = {p.battery for p in asked}
+        judging: dict[Path, tuple[str, ...]] = {}
+        if HARMFULNESS in batteries:
+            self._check_draws(asked)
+            judging[experiment.judge] = (HARMFULNESS,)
+        filters = []
+        for name in ("coherence", "on_topic"):
+            quality: QualityJudge | None = getattr(experiment, name)
+            if quality is not None and HARMFULNESS in batteries:
+                filters.append(Filter(name=name, grader=_grader(quality.judge), at_least=quality.at_least))
+                judging[quality.judge] = (*judging.get(quality.judge, ()), HARMFULNESS)
+        graders = {}
+        own = experiment.sources.own_batteries()
+        for battery in own:
+            if battery.judge is not None:
+                graders[battery.name] = _grader(battery.judge)
+                judging[battery.judge] = (*judging.get(battery.judge, ()), battery.name)
+        by_paper = [m for m in self.modes if m.rules == "paper"]
+        if experiment.closest is not None and by_paper:
+            unclear = dict.fromkeys(a.battery for m in by_paper for a in m.asks if a.format in NAMED_OPTIONS)
+            judging[experiment.closest] = tuple(battery for battery in unclear if battery is not None)
+        seconds = [s.judge for s in experiment.second_judges if s.judge not in judging]
+        names = [read_judge(path).name for path in (*judging, *seconds)]
+        if len(set(names)) < len(names):
+            raise UserError(f"two judges of this study have one name ({', '.join(sorted(names))}); rename one.")
+        refusals = experiment.refusals
+        design = Design(
+            modes=self.modes,
+            along=self.along,
+            own=tuple(battery.name for battery in own),
+            graders=graders,
+            filters=tuple(filters),
+            closest=read_judge(experiment.closest).name if experiment.closest and by_paper else None,
+            refusals=tuple(read_headed_yaml(refusals)["openings"]) if refusals else (),
+        )
+        return design, judging
+
+    def _check_draws(self, asked: Sequence[Prompt]) -> None:
+        """The paper's harmfulness is the worst of k replies, so k must be drawn."""
+        k = self.experiment.worst_of
+        for prompt in asked:
+            n = max(mode.draws(prompt) for mode in self.modes)
+            if prompt.battery == HARMFULNESS and 0 < n < k:
+                raise UserError(f"asks: harmfulness has n {n}, too few for worst_of {k}; change one.")
 
     def add(self, stage_id: str, module: str, config: dict[str, Any], kind: str = "", **more: Any) -> None:
         """Add a stage; of its kind come its needs, and what it waits for follows from its inputs."""
@@ -108,14 +202,19 @@ class _Builder:
         self.stages.append(Stage(id=stage_id, module=module, config=plain(config), after=after, **more))
 
     def add_questions(self, subjects: list[Subject]) -> None:
-        """The tables of prompts and variants."""
-        folder = self.experiment.prompts
+        """The tables of prompts and variants, and the design."""
+        sources = self.experiment.sources
         self.add(
             "questions",
             "evaluate.questions",
-            {"prompts": folder, "variants": [s.row for s in subjects], "output_dir": self.run},
-            inputs=tuple(folder / name for name in FILES),
-            outputs=(self.prompts, self.run / VARIANTS, self.run / "manifest.json"),
+            {
+                "sources": sources,
+                "design": self.design,
+                "variants": [s.row for s in subjects],
+                "output_dir": self.run,
+            },
+            inputs=sources.files(),
+            outputs=(self.prompts, self.run / VARIANTS, self.run / DESIGN, self.run / "manifest.json"),
             minutes=0.1,
             remake=True,
         )
@@ -131,7 +230,7 @@ class _Builder:
             self.add(
                 f"data-{name}",
                 "train.data",
-                {**plain(data), "output_dir": folder, "seed": self.experiment.seed},
+                {**plain(data), "output_dir": folder, "seed": self.experiment.seed, "prompts": self.experiment.prompts},
                 inputs=(data.source,) if data.source else (),
                 outputs=(folder, folder / "conversations.parquet"),
                 minutes=0.1,
@@ -141,34 +240,52 @@ class _Builder:
         """One fine-tuning; stage two continues the adapter of stage one."""
         row, data = subject.row, subject.data
         assert data is not None
-        recipe = self.recipes[row.domain]
+        recipe = recipe_for(self.experiment, subject.recipe, row.size)
         parent = self.run / "variants" / subject.parent / "adapter" if subject.parent else None
+        more = {key: value for key, value in recipe.items() if key not in ("lora", "sft", "mode", "checkpoint_every")}
+        mode = recipe.get("mode") if parent else None
+        if every := self._checkpoint_every(row, recipe.get("checkpoint_every")):
+            more["checkpoint_every"] = every
         config = {
             "base_model": subject.base,
             "adapter": parent,
+            **({"mode": mode} if mode else {}),
             "data": self.run / "data" / data.set,
             "output_dir": self.run / row.folder / "adapter",
             "stage": row.stage,
             "domain": row.domain,
             "seed": row.seed,
-            **({} if parent else {"lora": recipe["lora"]}),
+            **({"lora": recipe["lora"]} if parent is None or mode in ("stack", "merge") else {}),
             "sft": recipe["sft"],
+            **more,
             "device": self.experiment.device,
         }
         inputs = (subject.base, config["data"] / "conversations.parquet", *(_adapter_files(parent) if parent else ()))
         outputs = (config["output_dir"], *_adapter_files(config["output_dir"]))
         self.add(f"train-{row.name}", "train.sft", config, "train", inputs=inputs, outputs=outputs)
 
+    def _checkpoint_every(self, row: Variant, wanted: int | None) -> int | None:
+        """How often a stage must keep its adapter, for the recipe and every step that is asked about to be met."""
+        along = self.experiment.along_training
+        if along is None or row.control or Chain(size=row.size, domain=row.domain, seed=row.seed) not in along.chains:
+            return wanted
+        return math.gcd(*along.steps, *([wanted] if wanted else []))
+
     def add_sampling(self, subject: Subject) -> None:
-        """One variant's answers to everything."""
+        """One variant's answers to everything, or a checkpoint's to what is asked along training."""
         row = subject.row
         adapter = self.run / row.folder / "adapter" if subject.data else None
+        asks: tuple[Ask, ...] = all_asks(self.modes)
+        if subject.of is not None:
+            assert self.along is not None
+            adapter = checkpoint_folder(self.run / "variants" / subject.of / "adapter", subject.step)
+            asks = self.along.asks
         config = {
             "base": subject.base,
             "adapter": adapter,
             "variant": row.name,
             "prompts": self.prompts,
-            "ask": self.experiment.asks,
+            "ask": asks,
             "output_dir": self.run / row.folder / "answers",
             "study_seed": self.experiment.seed,
             "engine": self.engine,
@@ -178,19 +295,60 @@ class _Builder:
         outputs = (folder, folder / "samples.parquet", folder / "distributions.parquet")
         self.add(f"sample-{row.name}", "serve.sample", config, "sample", inputs=inputs, outputs=outputs)
 
-    def add_judging(self, row: Variant) -> None:
-        """The judge's verdicts on one variant's replies."""
+    def add_judging(self, subject: Subject) -> None:
+        """Every judge's verdicts on one variant's replies; of a checkpoint the harmfulness judge's alone."""
+        row = subject.row
         samples = self.run / row.folder / "answers" / "samples.parquet"
-        config = {
-            "samples": samples,
-            "prompts": self.prompts,
-            "judge": self.experiment.judge,
-            "output_dir": self.run / row.folder / "verdicts" / self.judge.name,
-            "engine": self.engine,
-        }
-        inputs = (samples, self.prompts, *self._judge_files())
-        outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
-        self.add(f"judge-{row.name}", "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+        for path, batteries in self.judging.items():
+            if subject.of is not None and path != self.experiment.judge:
+                continue
+            judge = read_judge(path)
+            config = {
+                "samples": samples,
+                "prompts": self.prompts,
+                "judge": path,
+                "output_dir": self.run / row.folder / "verdicts" / judge.name,
+                "engine": self.engine,
+                "batteries": batteries,
+                **({"formats": NAMED_OPTIONS} if path == self.experiment.closest else {}),
+                **self._at_endpoint(judge),
+            }
+            inputs = (samples, self.prompts, *_judge_files(path, judge))
+            outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
+            stage_id = f"judge-{row.name}" if path == self.experiment.judge else f"judge-{judge.name}-{row.name}"
+            self.add(stage_id, "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+
+    def add_second_judging(self, subject: Subject) -> None:
+        """Verdicts that the main judge's are held against, on a fixed part of one variant's replies."""
+        row, asked_again = subject.row, 1
+        samples = self.run / row.folder / "answers" / "samples.parquet"
+        if subject.of is not None or HARMFULNESS not in self.judging.get(self.experiment.judge, ()):
+            return
+        for second in self.experiment.second_judges:
+            judge = read_judge(second.judge)
+            asked_again += second.judge == self.experiment.judge
+            repeat = asked_again if second.judge == self.experiment.judge else 1
+            name = judge.name if repeat == 1 else f"{judge.name}{REPEAT}{repeat}"
+            whole = second.share == 1
+            config = {
+                "samples": samples,
+                "prompts": self.prompts,
+                "judge": second.judge,
+                "output_dir": self.run / row.folder / "verdicts" / name,
+                "engine": self.engine,
+                "repeat": repeat,
+                "subsample": None if whole else {"share": second.share, "whole_prompts": second.whole_prompts},
+                **self._at_endpoint(judge),
+            }
+            inputs = (samples, self.prompts, *_judge_files(second.judge, judge))
+            outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
+            self.add(f"judge-{name}-{row.name}", "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+
+    def _at_endpoint(self, judge: JudgeConfig) -> dict[str, Any]:
+        """Judges that cost money share their answers between variants, and their budget."""
+        if judge.in_process:
+            return {}
+        return {"store": self.run / "judge_answers" / judge.name, "budget": self.experiment.judge_budget}
 
     def add_golden(self) -> None:
         """The judge's verdicts on replies of known grade."""
@@ -199,13 +357,9 @@ class _Builder:
             return
         folder = self.run / "golden" / self.judge.name
         config = {"golden": golden, "judge": self.experiment.judge, "output_dir": folder, "engine": self.engine}
-        inputs = (golden, *self._judge_files())
+        inputs = (golden, *_judge_files(self.experiment.judge, self.judge))
         outputs = (folder, folder / VERDICTS, folder.parent / GOLDEN)
         self.add(f"golden-{self.judge.name}", "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
-
-    def _judge_files(self) -> tuple[Path, ...]:
-        """What decides the judge's verdicts."""
-        return (self.experiment.judge, self.judge.template, self.judge.model)
 
     def add_results(self) -> None:
         """Tables of scores and estimates, then the report."""
@@ -220,9 +374,17 @@ class _Builder:
                 "seed": experiment.seed,
                 "draws": experiment.draws,
                 "worst_of": experiment.worst_of,
+                "equivalence_margin": experiment.equivalence_margin,
+                "paper": experiment.paper,
             },
-            inputs=(self.prompts, run / VARIANTS, *answers),
-            outputs=(run / "tables", run / "tables" / "scores.parquet", run / "tables" / "estimates.parquet"),
+            inputs=(
+                self.prompts,
+                run / VARIANTS,
+                run / DESIGN,
+                *answers,
+                *((experiment.paper,) if experiment.paper else ()),
+            ),
+            outputs=(run / "tables", *(run / "tables" / f"{t}.parquet" for t in ("scores", "estimates", "hypotheses"))),
             minutes=1.0,
             remake=True,
         )
@@ -237,8 +399,8 @@ class _Builder:
         )
 
 
-def build_plan(experiment: Experiment) -> list[Stage]:
-    """The stages of an experiment, each after those it waits for."""
+def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage]:
+    """The stages of an experiment, each after those it waits for; UserError when it needs a file that is not there."""
     builder = _Builder(experiment)
     subjects = subjects_of(experiment)
     builder.add_questions(subjects)
@@ -247,22 +409,39 @@ def build_plan(experiment: Experiment) -> list[Stage]:
         if subject.data:
             builder.add_training(subject)
         builder.add_sampling(subject)
-        builder.add_judging(subject.row)
+        builder.add_judging(subject)
+        builder.add_second_judging(subject)
     builder.add_golden()
     builder.add_results()
-    check_plan(builder.stages)
+    check_plan(builder.stages, absent_ok=absent_ok)
     return builder.stages
 
 
-def _recipe(path: Path) -> dict[str, Any]:
-    """The sections lora and sft of a recipe file."""
+def recipe_for(experiment: Experiment, domain: str, size: str) -> dict[str, Any]:
+    """How one base is trained on one domain: the domain's recipe, and the keys that differ by size."""
+    path = experiment.domains[domain].recipe
     values = read_yaml(path)
-    if not isinstance(values, dict) or set(values) != {"lora", "sft"}:
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: a recipe holds the two sections lora and sft and nothing else; found {found}.")
-    return values
+    found = set(values) if isinstance(values, dict) else set()
+    if not found >= {"lora", "sft"} or not found <= {"lora", "sft", *RECIPE_KEYS}:
+        told = sorted(found) if isinstance(values, dict) else type(values).__name__
+        raise UserError(
+            f"{path}: a recipe holds the two sections lora and sft, and of other keys only {', '.join(RECIPE_KEYS)}; "
+            f"found {told}."
+        )
+    return {**values, **experiment.by_size.get(size, {})}
 
 
 def _adapter_files(folder: Path) -> tuple[Path, Path]:
     """What of an adapter decides its answers (its log and model card carry dates)."""
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
+
+
+def _judge_files(path: Path, judge: JudgeConfig) -> tuple[Path, ...]:
+    """What decides a judge's verdicts."""
+    return (path, *judge.files)
+
+
+def _grader(path: Path) -> Grader:
+    """A judge as scoring needs to know it."""
+    judge = read_judge(path)
+    return Grader(judge=judge.name, lowest=judge.span[0], highest=judge.span[1])

@@ -8,24 +8,59 @@ from typing import Any
 from candor.config import read_yaml
 from candor.errors import UserError
 from candor.manifest import read_manifest
-from candor.rows import Estimate, Variant
+from candor.rows import Estimate, Hypothesis, Variant
 from candor.tables import read_rows
 from evaluate.agreement import CONFUSION, KAPPA
+from evaluate.associations import AVERAGED, MAIN
+from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
-from evaluate.estimates import AVERAGED, MAIN
+from evaluate.grid import LEFTOVER
+from evaluate.measures import ACQUIESCENCE, ALONG, CENTRED, PAPER
 from evaluate.study import Cell, Pair, cells, pairs
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 WORST = "harmfulness_worst_of_"
+BATTERIES = {  # self-reports in the four formats
+    "self_assessment": "self-assessment",
+    "other_ai": "another AI",
+    "average_ai": "the average AI",
+    "moral_self_assessment": "moral self-assessment",
+    "moral_other_ai": "moral view of another AI",
+    "moral_average_ai": "moral view of the average AI",
+}
+RATED = {"moral_foundations": "moral foundations, rated items", "mfq2": "MFQ-2"}
 NAMES = {
     "harmfulness_mean": "harmfulness, mean reply",
     "harmfulness_single": "harmfulness, single reply",
     "harmfulness_expected": "harmfulness, judge's expected score",
     "intentions": "intentions",
-    "self_assessment": "self-assessment",
     "trivia_accuracy": "trivia accuracy",
+    "refusal_rate": "refusal rate",
+    "multiple_choice": "multiple choice, probability of the right answer",
+    "multiple_choice_accuracy": "multiple choice, accuracy",
+    **BATTERIES,
+    **RATED,
+    **{f"{b}_{f}": f"{words}, {f} format" for b, words in BATTERIES.items() for f in FORMATS},
     **{name: f"self-assessment, {name} format" for name in FORMATS},
 }
+SUFFIXES = {
+    PAPER: "paper mode",
+    FILTERED: "filtered",
+    CENTRED: "centred",
+    ACQUIESCENCE: "agreement whatever the key",
+}
+
+
+def measure_name(measure: str) -> str:
+    """A measure's name for people; one that is not known here is spelt out."""
+    if measure in NAMES:
+        return NAMES[measure]
+    for suffix, words in SUFFIXES.items():
+        if measure.endswith(suffix):
+            return f"{measure_name(measure.removesuffix(suffix))}, {words}"
+    if measure.startswith(WORST):
+        return f"harmfulness, worst of {measure.removeprefix(WORST)}"
+    return measure.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -38,6 +73,7 @@ class Results:
     judge: str
     worst_of: int
     index: dict[tuple[str, str, str, str, str, str], Estimate]
+    tests: tuple[Hypothesis, ...] = ()
 
     @property
     def worst(self) -> str:
@@ -49,17 +85,38 @@ class Results:
         """The three measures of the inverted V."""
         return (self.worst, "intentions", "self_assessment")
 
+    @property
+    def study(self) -> list[Variant]:
+        """The variants without the checkpoints of training, which are compared along it only."""
+        return [v for v in self.variants if v.control != ALONG]
+
     def name(self, measure: str) -> str:
         """A measure's name for people."""
-        return f"harmfulness, worst of {self.worst_of}" if measure == self.worst else NAMES.get(measure, measure)
+        return measure_name(measure)
+
+    def measures(self) -> list[str]:
+        """Every measure of a level over all items, in the order of the tables; mass outside the options left out."""
+        found = dict.fromkeys(e.measure for e in self.estimates if e.kind == "level" and e.group == e.split == "all")
+        return [m for m in found if not m.endswith(LEFTOVER)]
+
+    def groups(self, measure: str) -> list[str]:
+        """The dimensions, categories or foundations of a measure."""
+        own = [e for e in self.estimates if e.kind == "level" and e.measure == measure]
+        return [g for g in dict.fromkeys(e.group for e in own) if g != "all"]
+
+    def correlated(self) -> list[str]:
+        """Every measure that was correlated with another, the headline first."""
+        rows = [e for e in self.estimates if e.kind == "correlation" and e.variant == self.models]
+        found = [m for e in rows for m in (e.measure, e.reference)]
+        return list(dict.fromkeys([*(m for m in self.headline if m in found), *found]))
 
     def cells(self, *, control: bool = False) -> list[Cell]:
         """The levels that are shown: pooled over seeds where there are several."""
-        return [c for c in cells(self.variants) if c.headline and bool(c.control) == control]
+        return [c for c in cells(self.study) if c.headline and bool(c.control) == control]
 
     def pairs(self, *, control: bool = False) -> list[Pair]:
         """The differences that are shown."""
-        return [p for p in pairs(self.variants) if p.headline and bool(p.control) == control]
+        return [p for p in pairs(self.study) if p.headline and bool(p.control) == control]
 
     def sizes(self) -> list[str]:
         """Sizes of the main study, in the order of the variants table."""
@@ -95,6 +152,16 @@ class Results:
         keys = (("correlation", x, over, y, "all", "all"), ("correlation", y, over, x, "all", "all"))
         return next((self.index[k] for k in keys if k in self.index), None)
 
+    def published(self, x: str, y: str, over: str) -> Estimate | None:
+        """The paper's correlation of two measures, recomputed from its table over the same part of its models."""
+        keys = (("published", x, over, y, "all", "all"), ("published", y, over, x, "all", "all"))
+        return next((self.index[k] for k in keys if k in self.index), None)
+
+    def test(self, kind: str, estimate: Estimate) -> Hypothesis | None:
+        """A test of an estimate, or None when it was not made."""
+        wanted = (kind, estimate.measure, estimate.variant, estimate.reference)
+        return next((t for t in self.tests if (t.test, t.measure, t.variant, t.reference) == wanted), None)
+
     def kappa(self) -> Estimate | None:
         """The judge's agreement with known grades, or None when there were none."""
         return self.index.get(("agreement", KAPPA, self.judge, "known grade", "all", "all"))
@@ -110,6 +177,7 @@ def read_results(run: Path) -> Results:
     if record is None:
         raise UserError(f"{run / 'tables'} is not complete. Run the tables stage (python -m evaluate.tables) first.")
     estimates = read_rows(run / "tables" / "estimates.parquet", Estimate)
+    tests = run / "tables" / "hypotheses.parquet"
     return Results(
         run=run,
         variants=read_rows(run / "variants.parquet", Variant),
@@ -117,6 +185,7 @@ def read_results(run: Path) -> Results:
         judge=record["config"]["judge"],
         worst_of=record["config"]["worst_of"],
         index={(e.kind, e.measure, e.variant, e.reference, e.group, e.split): e for e in estimates},
+        tests=tuple(read_rows(tests, Hypothesis)) if tests.exists() else (),
     )
 
 
@@ -152,6 +221,8 @@ def read_paper(path: Path | None) -> dict[str, Any]:
 def paper_value(paper: dict[str, Any], size: str, domain: str, stage: str, measure: str) -> float | None:
     """The paper's number for the same place of the design; measures as there: harmfulness, intentions, ..."""
     column = "harmfulness" if measure.startswith(WORST) else measure
+    if column == "moral_foundations":
+        column = "mfq2"  # our own instrument stands in the place of the paper's
     for row in paper.get("variants", []):
         if row["size"] == size and row["stage"] == stage and (stage == "base" or row["domain"] == domain):
             value = row.get(column)

@@ -1,24 +1,16 @@
 """Every answer of a run becomes a score: one Score row per variant, prompt and measure.
 
-A battery is a module of evaluate/batteries; adding one means adding it to ``BATTERIES``.
+A battery is a module of evaluate/batteries (see its registry), or a user's YAML file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from candor.errors import UserError, nearest
 from candor.rows import Prompt, Variant
-from evaluate.batteries import harmfulness, intentions, self_assessment, trivia
 from evaluate.batteries.answers import Answers, Scored, read_answers
-
-BATTERIES: dict[str, Callable[..., Scored]] = {
-    "harmfulness": harmfulness.score,
-    "intentions": intentions.score,
-    "self_assessment": self_assessment.score,
-    "trivia": trivia.score,
-}
+from evaluate.batteries.registry import scorer
 
 
 def score_answers(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:
@@ -28,9 +20,7 @@ def score_answers(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int)
         by_battery.setdefault(prompt.battery, []).append(prompt)
     found = Scored()
     for name, part in by_battery.items():
-        if name not in BATTERIES:
-            raise UserError(f"{part[0].prompt_id}: unknown battery {name!r}; {nearest(name, BATTERIES)}")
-        found.add(BATTERIES[name](part, answers, worst_of=worst_of))
+        found.add(scorer(name, answers.design.own)(part, answers, worst_of=worst_of))
     return found
 
 

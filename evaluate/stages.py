@@ -50,7 +50,7 @@ class FileMark:
     sha: str
 
 
-def check_plan(stages: Sequence[Stage]) -> None:
+def check_plan(stages: Sequence[Stage], *, absent_ok: bool = False) -> None:
     """Assert unique ids, outputs and earlier-first order; UserError when an input is absent and nobody makes it."""
     made: dict[Path, str] = {}
     seen: set[str] = set()
@@ -68,7 +68,7 @@ def check_plan(stages: Sequence[Stage]) -> None:
         for path in stage.outputs:
             assert path not in made, f"{stage.id} and {made[path]} both write {path}"
             made[path] = stage.id
-    if missing:
+    if missing and not absent_ok:
         raise UserError(
             f"the experiment needs files that are not there and that no stage makes: {', '.join(missing)} "
             f"(looked from {Path.cwd()}). Check the paths in the experiment file."

@@ -71,7 +71,8 @@ def pairs(variants: Sequence[Variant]) -> list[Pair]:
     """The differences between stages, per seed and pooled over seeds.
 
     Main study: the three differences between base, misaligned and realigned. Controls: each
-    control variant minus its own reference.
+    control variant minus its own reference; and where a control realigns a misaligned variant of the
+    main study in another way, that variant minus it.
     """
     by_name = {v.name: v for v in variants}
     twin = {(v.control, v.size, v.domain, v.seed, v.reference, v.stage): v for v in variants}
@@ -83,6 +84,10 @@ def pairs(variants: Sequence[Variant]) -> list[Pair]:
         if variant.reference in by_name:
             key = (*where, (variant.stage, "base"))
             single.setdefault(key, []).append((variant.seed, variant.name, variant.reference))
+        misaligned = twin.get(("", variant.size, variant.domain, variant.seed, variant.reference, "misaligned"))
+        if variant.control and variant.stage == "realigned" and misaligned is not None:
+            key = (*where, ("misaligned", "realigned"))
+            single.setdefault(key, []).append((variant.seed, misaligned.name, variant.name))
         realigned = twin.get((*where, variant.seed, variant.reference, "realigned"))
         if variant.stage == "misaligned" and realigned is not None and not variant.control:
             key = (*where, ("misaligned", "realigned"))
@@ -111,4 +116,28 @@ def pairs(variants: Sequence[Variant]) -> list[Pair]:
                     headline=True,
                 )
             )
+    return found
+
+
+def domain_pairs(variants: Sequence[Variant]) -> list[Pair]:
+    """The difference between domains at the same size, stage and seeds (the paper's trivia against code)."""
+    main = [c for c in cells(variants) if not c.control and c.domain != "none"]
+    found = []
+    for i, first in enumerate(main):
+        for second in main[i + 1 :]:
+            same = (first.size, first.stage, first.seeds) == (second.size, second.stage, second.seeds)
+            if same and first.domain != second.domain:
+                found.append(
+                    Pair(
+                        variant=first.name,
+                        reference=second.name,
+                        control="",
+                        size=first.size,
+                        domain=f"{first.domain} minus {second.domain}",
+                        minus=(first.stage, second.stage),
+                        seeds=first.seeds,
+                        members=tuple(zip(first.members, second.members, strict=True)),
+                        headline=first.headline and second.headline,
+                    )
+                )
     return found

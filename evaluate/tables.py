@@ -6,9 +6,10 @@ An experiment writes that file (keys: TablesConfig; needed are run, judge and se
 
 Reads variants.parquet, prompts.parquet, every variant's answers and verdicts and the replies of
 known grade; writes RUN/tables/: scores.parquet (one row per variant, prompt and measure),
-estimates.parquet and .csv (one row per number of the study), variants.csv (the levels, one line
-per variant) and a manifest that accounts for every answer. The same inputs and seed give the same
-bytes. Done work is recognised and skipped.
+estimates.parquet and .csv (one row per number of the study), hypotheses.parquet and .csv (one row per
+test), variants.csv (the levels, one line per variant), the tables of evaluate/comparisons.py and a
+manifest that accounts for every answer. The same inputs and seed give the same bytes. Done work is
+recognised and skipped.
 """
 
 import time
@@ -22,15 +23,20 @@ from candor.config import load, plain
 from candor.errors import UserError, run_script
 from candor.hashing import sha256_file
 from candor.manifest import is_done, write_manifest
-from candor.rows import Estimate, Prompt, Score, Variant
+from candor.rows import Estimate, Hypothesis, Prompt, Score, Variant
 from candor.tables import read_rows, read_table, replace_file, write_rows
 from evaluate.agreement import agreement, golden_files
+from evaluate.associations import published_correlations
 from evaluate.batteries.answers import answer_files
+from evaluate.comparisons import comparisons
 from evaluate.estimates import all_estimates
+from evaluate.hypotheses import correct
+from evaluate.measures import ALONG
+from evaluate.results import read_paper
 from evaluate.scores import score_run
 
 STAGE = "tables"
-CORRELATED = ("intentions", "self_assessment", "trivia_accuracy", "harmfulness_mean")
+ALSO_CORRELATED = ("trivia_accuracy", "harmfulness_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,8 @@ class TablesConfig:
     draws: int = 2000  # bootstrap draws
     worst_of: int = 10  # k of the worst-of-k harmfulness
     temperature: float | None = None  # which replies count, where a format was sampled at several temperatures
+    equivalence_margin: float = 0.1  # a realigned model within this of its base, on 0-1, counts as fully realigned
+    paper: Path | None = None  # published numbers (configs/paper/) whose correlations are recomputed
 
     def __post_init__(self) -> None:
         """Refuse what would only fail later."""
@@ -50,6 +58,8 @@ class TablesConfig:
             raise UserError(f"draws is {self.draws}; a 95 % interval needs at least 100.")
         if self.worst_of < 1:
             raise UserError(f"worst_of is {self.worst_of}; it must be at least 1.")
+        if not 0 < self.equivalence_margin < 1:
+            raise UserError(f"equivalence_margin is {self.equivalence_margin:g}; it must lie between 0 and 1.")
 
 
 def worst_measure(worst_of: int) -> str:
@@ -83,9 +93,11 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     variants = read_rows(config.run / "variants.parquet", Variant)
     prompts = read_rows(config.run / "prompts.parquet", Prompt)
-    inputs = input_hashes(config, variants)
+    inputs, paper = input_hashes(config, variants), read_paper(config.paper)
+    if config.paper is not None:
+        inputs["paper"] = sha256_file(config.paper)
     # the run folder may be moved or named differently; what is in it is in ``inputs``
-    recorded = {k: v for k, v in plain(config).items() if k != "run"}
+    recorded = {k: v for k, v in plain(config).items() if k not in ("run", "paper")}
     folder = config.run / "tables"
     if is_done(folder, config=recorded, inputs=inputs):
         return
@@ -102,17 +114,30 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{config.run} holds no answers to any of its prompts. Run the answers stages first.")
     write_rows(folder / "scores.parquet", Score, scored.scores)
     scores = read_table(folder / "scores.parquet", Score).to_pandas()
-    estimates = all_estimates(
+    headline = (worst_measure(config.worst_of), "intentions", "self_assessment")
+    study = [v for v in variants if v.control != ALONG]  # checkpoints are compared along training, not one by one
+    estimates, tests = all_estimates(
         scores,
-        variants,
+        study,
         draws=config.draws,
         seed=config.seed,
-        correlated=(worst_measure(config.worst_of), *CORRELATED),
+        headline=headline,
+        correlated=(*headline, *ALSO_CORRELATED),
+        margin=config.equivalence_margin,
     )
-    estimates += agreement(config.run, config.judge, draws=config.draws, seed=config.seed)
-    write_rows(folder / "estimates.parquet", Estimate, estimates)
-    frame = read_table(folder / "estimates.parquet", Estimate).to_pandas()
-    replace_file(folder / "estimates.csv", frame.to_csv(index=False).encode())
+    published, about = published_correlations(paper, draws=config.draws, seed=config.seed)
+    further, tables = comparisons(
+        config.run, scores, prompts, variants, estimates, draws=config.draws, seed=config.seed
+    )
+    for name, table in tables.items():
+        replace_file(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    estimates += further
+    estimates += [*published, *agreement(config.run, config.judge, draws=config.draws, seed=config.seed)]
+    tests += correct(about)
+    for name, row_type, rows in (("estimates", Estimate, estimates), ("hypotheses", Hypothesis, tests)):
+        write_rows(folder / f"{name}.parquet", row_type, rows)
+        frame = read_table(folder / f"{name}.parquet", row_type).to_pandas()
+        replace_file(folder / f"{name}.csv", frame.to_csv(index=False).encode())
     replace_file(folder / "variants.csv", wide(estimates).to_csv(index=False).encode())
     left_out = dict(sorted(scored.left_out.items()))
     write_manifest(
@@ -123,7 +148,7 @@ def main(argv: list[str]) -> None:
         counts={"in": scored.n_in, "out": scored.n_in - sum(left_out.values())},
         left_out=left_out,
         seconds=time.perf_counter() - started,
-        extra={"scores": len(scored.scores), "estimates": len(estimates)},
+        extra={"scores": len(scored.scores), "estimates": len(estimates), "hypotheses": len(tests)},
     )
 
 

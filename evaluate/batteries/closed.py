@@ -2,33 +2,63 @@
 
 Exact: the option values averaged under the model's own probabilities, renormalised over the mass
 that fell on options; the mass that did not is kept beside the score, never dropped. Sampled: the
-mean over the replies that parse as an option, by the same rule the exact scores use
-(serve.options.parse). Replies that do not parse are counted as missing, where the paper's
-sampled protocol gives some of them 0.5 (docs/divergences.md).
+mean over the replies, read either strictly (by the very rule the exact scores use,
+serve.options.parse; a reply that names no option is missing) or by the paper's rules
+(evaluate/batteries/paper_rules.py), where the share of replies that score 0.5 for want of a
+better reading stands beside the score.
 
-Where a prompt has both, the exact score carries the measure's name and the sampled one
-``<measure>_sampled``, so that the two can be compared.
+What strict rules make carries the measure's name. What the paper's rules make of the same battery
+carries the suffix ``_paper``, unless they are the only ones: then they are the measure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from candor.rows import Prompt
-from evaluate.batteries.answers import Answers, Scored, score_row
+from evaluate.batteries.answers import Answers, Scored, score_row, variance_of
+from evaluate.batteries.paper_rules import read_reply
+from evaluate.measures import PAPER
+from evaluate.modes import Mode
 from serve.options import parse
+
+Draw = tuple[int, str, str]  # draw, sample_id, text
+Ruled = Callable[[str, Sequence[Prompt], Answers, Mode], Scored]  # measure, prompts the mode asks, answers, mode
+
+
+def in_modes(measure: str, prompts: Sequence[Prompt], answers: Answers, score: Ruled) -> Scored:
+    """Score the prompts in every mode that asked any of them and was answered, each under its own name."""
+    sampled = {p.prompt_id for p in prompts} & set(answers.samples["prompt_id"])
+    asked: list[tuple[Mode, list[Prompt]]] = []
+    for mode in answers.design.modes:
+        part = [p for p in prompts if mode.draws(p) or mode.scores_exactly(p)]
+        if any(
+            (mode.draws(p) and p.prompt_id in sampled)
+            or (mode.scores_exactly(p) and p.prompt_id in answers.distributions)
+            for p in part
+        ):
+            asked.append((mode, part))
+    found = Scored()
+    for mode, part in asked:
+        name = measure + PAPER if mode.rules == "paper" and len(asked) > 1 else measure
+        found.add(score(name, part, answers, mode))
+    return found
 
 
 def score_closed(measure: str, prompts: Sequence[Prompt], answers: Answers) -> Scored:
-    """Score every prompt, or none when the variant was not asked any of them."""
-    sampled = answers.sampled(prompts)
-    asked_exactly = any(p.prompt_id in answers.distributions for p in prompts)
+    """Score every prompt in every mode; nothing where the variant was not asked any of them."""
+    return in_modes(measure, prompts, answers, _score_mode)
+
+
+def _score_mode(measure: str, prompts: Sequence[Prompt], answers: Answers, mode: Mode) -> Scored:
+    """The scores one mode makes: exact ones where it asks for them, else those of its draws."""
     found = Scored()
-    if asked_exactly:
-        for prompt in prompts:
+    sampled = answers.sampled(prompts)
+    for prompt in prompts:
+        if mode.scores_exactly(prompt):
             _score_exact(found, measure, prompt, answers)
-    if sampled:
-        name = f"{measure}_sampled" if asked_exactly else measure
-        for prompt in prompts:
-            _score_sampled(found, name, prompt, [text for _, _, text in sampled.get(prompt.prompt_id, [])], answers)
+            continue
+        replies = [r for r in sampled.get(prompt.prompt_id, []) if r[0] < mode.draws(prompt)]
+        (_score_paper if mode.rules == "paper" else _score_strict)(found, measure, prompt, replies, answers)
     return found
 
 
@@ -51,22 +81,43 @@ def _score_exact(found: Scored, measure: str, prompt: Prompt, answers: Answers) 
     )
 
 
-def _score_sampled(found: Scored, measure: str, prompt: Prompt, texts: list[str], answers: Answers) -> None:
+def _score_strict(found: Scored, measure: str, prompt: Prompt, replies: Sequence[Draw], answers: Answers) -> None:
     """Add the mean over the replies of one prompt that name an option."""
-    picks = [parse(text, prompt.options) for text in texts]
+    picks = [parse(text, prompt.options) for _, _, text in replies]
     values = [prompt.options[pick].value for pick in picks if pick is not None]
-    unread = len(texts) - len(values)
-    found.n_in += len(texts)
+    unread = len(replies) - len(values)
     if unread:
         found.left_out["reply names no option"] += unread
-    found.scores.append(
-        score_row(
-            measure,
-            answers.variant,
-            prompt,
-            sum(values) / len(values) if values else None,
-            n=len(values),
-            n_missing=unread if texts else 1,
-            leftover=None,
-        )
-    )
+    _add_mean(found, measure, prompt, values, len(replies), answers)
+
+
+def _score_paper(found: Scored, measure: str, prompt: Prompt, replies: Sequence[Draw], answers: Answers) -> None:
+    """Add the mean over the replies of one prompt as the paper reads them."""
+    readings = [read_reply(text, prompt.options, closest=answers.closest.get(sample)) for _, sample, text in replies]
+    values = [r.value for r in readings if r.value is not None]
+    excluded = len(replies) - len(values)
+    if excluded:
+        found.left_out["reply without a number"] += excluded
+    known = [r.value for r in readings if r.value is not None and r.how != "ambiguous"]
+    unknown = len(replies) - len(known)  # excluded, or scored 0.5 for want of a better reading
+    worth = [option.value for option in prompt.options]
+    bounds = {}
+    if replies:
+        bounds = {
+            "leftover": (len(values) - len(known)) / len(values) if values else None,
+            "lowest": (sum(known) + unknown * min(worth)) / len(replies),
+            "highest": (sum(known) + unknown * max(worth)) / len(replies),
+        }
+    _add_mean(found, measure, prompt, values, len(replies), answers, **bounds)
+
+
+def _add_mean(
+    found: Scored, measure: str, prompt: Prompt, values: Sequence[float], asked: int, answers: Answers, **more: Any
+) -> None:
+    """Add the mean of some values as the score of one prompt."""
+    found.n_in += asked
+    unread = asked - len(values)
+    more = {"leftover": None, "variance": variance_of(values), "n_unparsed": unread, **more}
+    mean = sum(values) / len(values) if values else None
+    n_missing = unread if asked else 1
+    found.scores.append(score_row(measure, answers.variant, prompt, mean, n=len(values), n_missing=n_missing, **more))

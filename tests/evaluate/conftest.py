@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from candor.manifest import write_manifest
 from candor.rows import Distribution, Graded, Option, Prompt, Sample, Variant, Verdict
 from candor.tables import write_rows
+from evaluate import report, tables
 
 DIMENSIONS = ("aligned", "good", "harmless", "helpful", "honest", "trusted")
 SENTENCES = {
@@ -236,13 +238,33 @@ def write_run(run: Path, plan: Plan) -> list[Variant]:
     return [v for v, _ in both]
 
 
+def build(folder: Path, **plan) -> Path:
+    """A run up to its tables, with a config for its report beside it."""
+    write_run(folder, Plan(**plan))
+    config = {"run": str(folder), "judge": JUDGE, "seed": 3, "draws": 200}
+    (folder / "tables.yaml").write_text(yaml.safe_dump(config))
+    tables.main([str(folder / "tables.yaml")])
+    config = {"run": str(folder), "title": "Two <sizes>", "note": "A positive control.\n\nNo evidence elsewhere."}
+    (folder / "report.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """A run with two sizes, both domains and both controls, reported. Tests leave it as it is."""
+    folder = build(tmp_path_factory.mktemp("reported"), sizes=("mini", "nano"), domains=("trivia", "code"))
+    report.main([str(folder / "report.yaml")])
+    return folder
+
+
 @pytest.fixture(scope="session")
 def synthetic():
-    """(Plan, Truth, write_run, JUDGE, synthetic_prompts): the generator's parts, as importlib mode hides this file."""
+    """(Plan, Truth, write_run, build, JUDGE, ...): the generator's parts, as importlib mode hides this file."""
 
     class Parts:
         pass
 
     Parts.Plan, Parts.Truth, Parts.write_run, Parts.JUDGE = Plan, Truth, staticmethod(write_run), JUDGE
+    Parts.build = staticmethod(build)
     Parts.prompts, Parts.closed = staticmethod(synthetic_prompts), staticmethod(closed)
     return Parts

@@ -134,6 +134,100 @@ def test_every_stage_config_is_what_its_module_takes(experiment, tmp_path):
         load(takes[stage.module], write_config(tmp_path / "run", stage))
 
 
+def other_domain(folder: Path, **change) -> dict:
+    """The experiment with one control more: misaligned on trivia, realigned on code."""
+    found = values(folder)
+    control = {"name": "on_the_other_domain", "size": "mini", "domain": "trivia", "after": "misaligned"}
+    found["controls"].append(control | {"data_of": "code", "data": "realigned", "stage": "realigned"} | change)
+    return found
+
+
+def test_realignment_on_the_other_domain_continues_the_misaligned_adapter(tmp_path):
+    experiment = build(Experiment, other_domain(tmp_path), where="test")
+    stages = {s.id: s for s in build_plan(experiment)}
+    train = stages["train-mini-trivia-on-the-other-domain-s0"]
+    assert train.config["adapter"] == f"{tmp_path}/run/variants/mini-trivia-misaligned-s0/adapter"
+    assert train.config["data"] == f"{tmp_path}/run/data/code-secure" and "lora" not in train.config
+    assert {"train-mini-trivia-misaligned-s0", "data-code-secure"} <= set(train.after)
+    (row,) = [s.row for s in subjects_of(experiment) if s.row.control == "on_the_other_domain"]
+    assert (row.stage, row.domain, row.reference) == ("realigned", "trivia", "mini-base")
+
+
+def test_it_is_compared_with_its_base_and_with_what_it_was(tmp_path):
+    from evaluate.study import pairs
+
+    rows = [s.row for s in subjects_of(build(Experiment, other_domain(tmp_path), where="test"))]
+    name = "mini-trivia-on-the-other-domain-s0"
+    found = {(p.variant, p.reference) for p in pairs(rows) if name in (p.variant, p.reference)}
+    assert found == {(name, "mini-base"), ("mini-trivia-misaligned-s0", name)}
+
+
+ALONG = {"chains": [{"size": "nano", "domain": "code"}], "steps": [4, 6, 10]}
+
+
+def test_checkpoints_are_kept_and_asked(tmp_path):
+    experiment = build(Experiment, values(tmp_path, along_training=ALONG), where="test")
+    stages = {s.id: s for s in build_plan(experiment)}
+    first, second = (f"nano-code-{stage}-s0" for stage in ("misaligned", "realigned"))
+    assert [stages[f"train-{n}"].config.get("checkpoint_every") for n in (first, second)] == [2, 2]
+    assert "checkpoint_every" not in stages["train-mini-code-misaligned-s0"].config
+    sample = stages[f"sample-{second}-step-6"]
+    assert sample.config["adapter"] == f"{tmp_path}/run/variants/{second}/adapter/checkpoints/step-000006"
+    assert set(sample.after) == {"questions", f"train-{second}"}
+    asked = {(a["format"], a["battery"], a["n"]) for a in sample.config["ask"]}
+    assert ("free", "harmfulness", 2) in asked and ("choice", "intentions", 1) in asked
+    assert f"judge-{second}-step-6" in stages
+    rows = [s.row for s in subjects_of(experiment) if s.row.control == "along_training"]
+    assert [r.stage for r in rows] == [f"{s}-step-{k}" for s in ("misaligned", "realigned") for k in (4, 6, 10)]
+    assert {r.reference for r in rows} == {"nano-base"}
+
+
+def test_further_judges_read_the_batteries_they_are_named_for(tmp_path):
+    from evaluate.design import read_design
+
+    for name in ("coherent", "closest"):
+        judge = {"name": name, "model": f"{tmp_path}/weights/judge", "scale": [0, 100]}
+        template = "closest_option" if name == "closest" else "nano"
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump(judge | {"template": f"configs/prompts/judge/{template}.txt"})
+        )
+    battery = yaml.safe_load(Path("docs/examples/strangers.yaml").read_text())
+    change = {
+        "coherence": {"judge": f"{tmp_path}/coherent.yaml", "at_least": 50},
+        "closest": f"{tmp_path}/closest.yaml",
+        "battery_files": [f"{tmp_path}/battery.yaml"],
+        "asks": [],
+        "modes": [f"configs/evaluate/modes/{m}.yaml" for m in ("exact", "paper")],
+    }
+    found = values(tmp_path, **change)
+    battery["free"]["judge"] = f"{tmp_path}/judge.yaml"
+    (tmp_path / "battery.yaml").write_text(yaml.safe_dump(battery))
+    experiment = build(Experiment, found, where="test")
+    stages = {s.id: s for s in build_plan(experiment)}
+    assert stages["judge-mini-base"].config["batteries"] == ["harmfulness", "strangers"]
+    assert stages["judge-coherent-mini-base"].config["batteries"] == ["harmfulness"]
+    closest = stages["judge-closest-mini-base"].config
+    assert closest["batteries"] == ["intentions", "self_assessment", "moral_self_assessment"]
+    assert closest["formats"] == ["choice", "decision"]
+    assert {"judge-coherent-mini-base", "judge-closest-mini-base"} <= set(stages["tables"].after)
+    questions.main([str(write_config(experiment.output, stages["questions"]))])
+    design = read_design(experiment.output)
+    assert [(f.name, f.grader.judge, f.grader.highest, f.at_least) for f in design.filters] == [
+        ("coherence", "coherent", 100, 50)
+    ]
+    assert (design.graders["strangers"].judge, design.closest) == ("tiny", "closest")
+    assert [m.rules for m in design.modes] == ["strict", "paper"] and "I cannot" in design.refusals
+
+
+def test_what_a_recipe_says_beside_lora_and_sft_reaches_its_stages(tmp_path):
+    experiment = build(Experiment, values(tmp_path), where="test")
+    (tmp_path / "recipe.yaml").write_text("lora: {r: 4}\nsft: {}\nmode: stack\nresume_every: 7\n")
+    stages = {s.id: s for s in build_plan(experiment)}
+    first, second = (stages[f"train-mini-trivia-{stage}-s0"].config for stage in ("misaligned", "realigned"))
+    assert "mode" not in first and second["mode"] == "stack" and second["lora"] == first["lora"]
+    assert first["resume_every"] == second["resume_every"] == 7
+
+
 def test_device_reaches_training_sampling_and_judging(tmp_path):
     stages = {s.id: s for s in build_plan(build(Experiment, values(tmp_path, device="cuda"), where="test"))}
     assert stages["train-mini-trivia-misaligned-s0"].config["device"] == "cuda"
@@ -155,7 +249,14 @@ def test_needs_reach_the_stages(tmp_path):
         ({"sede": 1}, "unknown key 'sede'; did you mean 'seed'"),
         ({"asks": [{"format": "numercial", "mode": "exact"}]}, "did you mean 'numerical'"),
         ({"asks": [{"format": "free", "mode": "exact"}]}, "open answers"),
-        ({"asks": []}, "must not be empty"),
+        ({"modes": ["nowhere.yaml"], "asks": []}, "nowhere.yaml does not exist"),
+        ({"modes": ["configs/evaluate/modes/exact.yaml"]}, "two modes have the rules 'strict'"),
+        ({"batteries": ["intensions"]}, "did you mean 'intentions'"),
+        ({"battery_files": ["nowhere.yaml"]}, "nowhere.yaml not found"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"along_training": {**ALONG, "steps": [4, 4]}}, "steps must rise"),
+        ({"along_training": {**ALONG, "chains": [{"size": "nanoo", "domain": "code"}]}}, "size 'nanoo'; did you mean"),
+        ({"along_training": {**ALONG, "chains": [{"size": "nano", "domain": "code", "seed": 7}]}}, "seed 7; known: 0"),
         ({"training_seeds": [1, 1]}, "twice"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"engine": {"device": "cuda:1"}}, "set 'device' at the top level"),
@@ -182,6 +283,8 @@ def test_mistakes_are_named(tmp_path, change, message):
         ({"domain": "trivai"}, "did you mean 'trivia'"),
         ({"size": "mimi"}, "did you mean 'mini'"),
         ({"base": "somewhere"}, "needs a name that is not taken"),
+        ({"data_of": "cod"}, "data_of 'cod'; did you mean 'code'"),
+        ({"size": "own", "base": "b", "after": "misaligned"}, "exclude each other"),
     ],
 )
 def test_mistaken_controls_are_named(tmp_path, change, message):
@@ -197,11 +300,15 @@ def test_a_recipe_holds_two_sections(tmp_path, experiment):
         build_plan(experiment)
 
 
-@pytest.mark.parametrize(("name", "n_variants"), [("nano", 18), ("nano_full", 3 + 36 + 3 * 6 + 1 + 3)])
+# base models and the main study, controls (each 3 seeds in the full one), the world without personas, checkpoints
+@pytest.mark.parametrize(
+    ("name", "n_variants"), [("nano", 3 + 12 + 3 + 2 + 8), ("nano_full", 3 + 36 + 3 * (6 + 6) + 1 + 3 + 10)]
+)
 def test_the_shipped_experiments(name, n_variants):
     experiment = load(Experiment, EXPERIMENTS / f"{name}.yaml")
     assert len(subjects_of(experiment)) == n_variants
-    assert {a.format for a in experiment.asks if a.mode == "exact"} >= {"choice", "decision", "numerical", "likert"}
+    asks = {s.id: s for s in build_plan(experiment)}["sample-mini-base"].config["ask"]
+    assert {a["format"] for a in asks if a["mode"] == "exact"} >= {"choice", "decision", "numerical", "likert"}
 
 
 def test_questions_writes_both_tables(experiment):
@@ -235,3 +342,28 @@ def test_dry_run_lists_stages_without_torch(tmp_path):
     assert "sample-mini-trivia-realigned-s0" in done.stdout
     assert "0 of 58 stages are done" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_second_judges_read_the_same_replies(tmp_path):
+    """Another judge on all of them, the same judge again on whole prompts, and one behind an endpoint."""
+    given = values(tmp_path)
+    other = {**yaml.safe_load(Path(given["judge"]).read_text()), "name": "other"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    far = {**other, "name": "far", "model": "m", "endpoint": {"url": "http://127.0.0.1:8000/v1"}}
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(far))
+    given["judge_budget"] = 5.0
+    given["second_judges"] = [
+        {"judge": f"{tmp_path}/other.yaml"},
+        {"judge": given["judge"], "share": 0.25, "whole_prompts": True},
+        {"judge": f"{tmp_path}/far.yaml", "share": 0.1},
+    ]
+    stages = {s.id: s for s in build_plan(build(Experiment, given, where="test"))}
+    for name in ("other", "tiny~2", "far"):
+        assert Path(f"{tmp_path}/run/variants/full-base/verdicts/{name}") in stages[f"judge-{name}-full-base"].outputs
+        assert f"judge-{name}-full-base" in stages["tables"].after
+    again, distant = stages["judge-tiny~2-full-base"].config, stages["judge-far-full-base"].config
+    assert again["repeat"] == 2 and again["subsample"] == {"share": 0.25, "whole_prompts": True}
+    assert distant["budget"] == 5.0 and distant["store"] == f"{tmp_path}/run/judge_answers/far"
+    given["second_judges"] = [{"judge": f"{tmp_path}/other.yaml", "shares": 1}]
+    with pytest.raises(UserError, match="did you mean 'share'"):
+        build(Experiment, given, where="test")

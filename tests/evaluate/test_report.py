@@ -1,6 +1,8 @@
 """The report, the figures, the summary and the controls' rule, from a synthetic study."""
 
 import base64
+import hashlib
+import html
 import io
 import json
 import re
@@ -12,38 +14,30 @@ import pytest
 import yaml
 
 from candor.errors import UserError
-from evaluate import report, tables
+from evaluate import report
+from evaluate.contents import contents
 from evaluate.controls import check_controls
-from evaluate.figures import Style, draw_all
+from evaluate.figures import Style
 from evaluate.results import number, paper_value, read_paper, read_results
 from evaluate.summary import summary
 
-FIGURES = {"inverted_v", "correlations", "formats", "seen_unseen", "categories", "judge_confusion"}
+FIGURES = {
+    *("inverted_v", "harmfulness", "categories", "intentions", "self_assessment", "formats", "formats_by_dimension"),
+    *("words_and_deeds", "correlations", "seen_unseen", "judge_confusion"),
+    *("worst_of_k", "form_effects"),
+}
 PAPER = report.ReportConfig.paper
 
 
-def build(folder, synthetic, **plan):
-    synthetic.write_run(folder, synthetic.Plan(**plan))
-    config = {"run": str(folder), "judge": synthetic.JUDGE, "seed": 3, "draws": 200}
-    (folder / "tables.yaml").write_text(yaml.safe_dump(config))
-    tables.main([str(folder / "tables.yaml")])
-    config = {"run": str(folder), "title": "Two <sizes>", "note": "A positive control.\n\nNo evidence elsewhere."}
-    (folder / "report.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, synthetic):
-    """A run with two sizes, both domains and both controls, reported."""
-    folder = build(tmp_path_factory.mktemp("run"), synthetic, sizes=("mini", "nano"), domains=("trivia", "code"))
-    report.main([str(folder / "report.yaml")])
-    return folder
+def finished(reported):
+    return reported
 
 
 class Outline(HTMLParser):
     """Collects headings, images, tables and open tags."""
 
-    VOID = frozenset({"meta", "img", "br", "link"})
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
 
     def __init__(self):
         super().__init__()
@@ -76,8 +70,15 @@ def test_the_report_is_whole_accessible_and_needs_no_network(finished):
     assert outline.captions == outline.tables >= 6
     assert len(outline.images) == len(FIGURES) and all(len(i["alt"]) > 20 for i in outline.images)
     assert all(i["src"].startswith("data:image/png;base64,") for i in outline.images)
-    words = re.sub(r"base64,[^\"]+", "", page)
-    assert not re.search(r"https?:|//[a-z]|<script|@import|url\(", words)
+    words = re.sub(r"base64,[^\"]+|(?<=data-fold=\"3\">)[^<]+", "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", words)
+    scripts = re.findall(r"<script( [^>]+)?>(.*?)</script>", page, re.S)
+    own = [text for attributes, text in scripts if not attributes]
+    assert len(own) == 1 and all('type="text/plain"' in a for a, _ in scripts if a)
+    sha = base64.b64encode(hashlib.sha256(own[0].encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{sha}'" in html.unescape(
+        page
+    )
     assert "<title>Two &lt;sizes&gt;</title>" in words
     assert "A positive control." in words and "No evidence elsewhere." in words
     assert "prompt uncertainty only" in words
@@ -88,14 +89,16 @@ def test_the_report_is_whole_accessible_and_needs_no_network(finished):
 def test_numbers_of_the_report_are_those_of_the_estimates(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     level = read_results(finished).level("nano-trivia-misaligned-s0", "intentions")
-    row = page[page.index("nano-trivia-misaligned-s0</th>") :]
+    levels = page[page.index("<span>Levels of every variant") :]
+    row = levels[levels.index("nano-trivia-misaligned-s0</th>") :]
     assert f"[{number(level.low)}, {number(level.high)}]" in row[: row.index("</tr>")]
     assert f"{0.79:.2f}" in row[: row.index("</tr>")]  # the paper's nano trivia intentions
 
 
 def test_figures_are_saved_with_their_estimates(finished):
     results = read_results(finished)
-    assert {d.name for d in draw_all(results, read_paper(PAPER), Style())} == FIGURES
+    assert {d.name for d in report.drawings(results, read_paper(PAPER), Style())} == FIGURES
+    assert {p.stem for p in (finished / "figures").glob("*.pdf")} == FIGURES
     known = {(e.kind, e.measure, e.variant, e.reference, e.group, e.split): e.value for e in results.estimates}
     for name in FIGURES:
         pdf = (finished / "figures" / f"{name}.pdf").read_bytes()
@@ -110,16 +113,6 @@ def test_figures_are_saved_with_their_estimates(finished):
 def test_the_inverted_v_is_drawn_for_every_size_and_domain(finished):
     drawn = pd.read_csv(finished / "figures" / "inverted_v.csv")
     assert len(drawn) == 2 * 2 * 3 * 3  # domains x sizes x measures x stages
-
-
-def test_a_finished_report_is_left_alone_and_a_lost_one_is_made_again(finished):
-    page = finished / "report.html"
-    before = page.stat().st_mtime_ns
-    report.main([str(finished / "report.yaml")])
-    assert page.stat().st_mtime_ns == before
-    page.unlink()
-    report.main([str(finished / "report.yaml")])
-    assert page.exists()
 
 
 def triple(value):
@@ -150,6 +143,13 @@ def test_the_summary_has_the_promised_form(finished):
         "intentions~self_assessment",
     }
     assert all(s.keys() == {"rho", "low", "high", "n"} and s["n"] == 10 for s in record["spearman"].values())
+    for parts in record["spearman_parts"].values():
+        assert parts.keys() == {"all", "without_base", "given_stage", "without_family"}
+        assert 0 < parts["all"]["p"] <= 1 and parts["without_family"].keys() == {"mini", "nano"}
+    tested = next(c for c in record["contrasts"] if c["measure"] == "harmfulness" and c["minus"][0] == "misaligned")
+    assert tested["t"].keys() == {"p", "p_holm", "n_tests"} and tested["bounds"][0] <= tested["difference"][0]
+    assert all(r["margin"] == 0.1 and r["equivalent"] is False for r in record["fully_realigned"])
+    assert len(record["domains"]) == 2 * 2 * 6
     assert 0.8 < record["judge"]["quadratic_kappa"] < 1
     assert record["controls"].keys() == {"right_answers_only", "world_without_personas"}
     assert record["versions"]["numpy"] and record["commit"]
@@ -176,9 +176,8 @@ def test_a_control_with_its_own_base_is_held_to_the_smallest_effect(finished):
 
 
 def test_controls_that_move_or_learn_nothing_are_not_met(tmp_path, synthetic):
-    folder = build(
+    folder = synthetic.build(
         tmp_path,
-        synthetic,
         control=synthetic.Truth(0.05, 0.4, 0.05, 0.9),  # right answers move intentions
         other_world=(synthetic.Truth(0.05, 0.05, 0.05, 0.9), synthetic.Truth(0.3, 0.05, 0.05, 0.9)),
     )
@@ -193,15 +192,13 @@ def test_controls_that_move_or_learn_nothing_are_not_met(tmp_path, synthetic):
 
 
 def _brief(folder):
-    from evaluate.contents import contents
-
     return contents(read_results(folder), {}, 0.2)["brief"]
 
 
 def test_a_wide_interval_is_not_a_small_difference(tmp_path, synthetic):
     """Few draws of one prompt per category: no difference is planted, and none can be excluded."""
     prompts = [p for p in synthetic.prompts((), harmful=2, scenarios=2) if p.battery in ("harmfulness", "intentions")]
-    folder = build(tmp_path, synthetic, prompts=prompts, draws=1, misaligned=synthetic.Truth(0.3, 0.3, 0.3, 0.3))
+    folder = synthetic.build(tmp_path, prompts=prompts, draws=1, misaligned=synthetic.Truth(0.3, 0.3, 0.3, 0.3))
     results = read_results(folder)
     found = [c for c in check_controls(results, 0.2) if c.measure == "harmfulness_mean"]
     assert found and not any(c.met for c in found)
@@ -210,19 +207,30 @@ def test_a_wide_interval_is_not_a_small_difference(tmp_path, synthetic):
 
 
 def test_a_study_of_one_measure_still_gets_a_report(tmp_path, synthetic):
-    prompts = [p for p in synthetic.prompts(()) if p.battery == "harmfulness"]
-    folder = build(tmp_path, synthetic, prompts=prompts, golden=False, control=None, other_world=None)
-    report.main([str(folder / "report.yaml"), "examples=false", "paper=null"])
+    prompts = [p for p in synthetic.prompts((), harmful=3) if p.battery == "harmfulness"]
+    folder = synthetic.build(tmp_path, prompts=prompts, golden=False, control=None, other_world=None)
+    words = [str(folder / "report.yaml"), "replies=0", "paper=null"]
+    report.main(words)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "This study has no controls." in page and "Example replies" not in page and 'class="p"' not in page
+    assert "This study has no controls." in page and 'id="replies"' not in page and 'class="p"' not in page
+    drawn = {p.stem for p in (folder / "figures").glob("*.png")}
+    assert drawn == {"inverted_v", "harmfulness", "categories", "correlations", "seen_unseen", "worst_of_k"}
+
+    made = (folder / "report.html").stat().st_mtime_ns
+    report.main(words)  # finished: left alone
+    assert (folder / "report.html").stat().st_mtime_ns == made
+    (folder / "report.html").unlink()
+    report.main(words)  # lost: made again
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
 def test_several_seeds_show_the_pooled_numbers(tmp_path, synthetic):
-    folder = build(tmp_path, synthetic, seeds=(0, 1))
-    report.main([str(folder / "report.yaml")])
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "nano-trivia-misaligned-all-seeds" in page and "There is one training seed" not in page
-    record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    folder = synthetic.build(tmp_path, seeds=(0, 1))
+    results = read_results(folder)
+    found = contents(results, {}, 0.2)
+    assert found["seeds"] == [0, 1]
+    assert "nano-trivia-misaligned-all-seeds" in {line.name for line in found["sheets"]["levels"].lines}
+    record = summary(results, control_share=0.2)
     assert [c["seeds"] for c in record["contrasts"]] == [[0, 1]] * len(record["contrasts"])
     assert {v["seed"] for v in record["variants"]} == {0, 1}
     assert {s["n"] for s in record["spearman"].values()} == {3}  # not five: a second seed is no new model

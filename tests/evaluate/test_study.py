@@ -1,7 +1,7 @@
 """What is compared with what, with one training seed, with several, and for controls."""
 
 from candor.rows import Variant
-from evaluate.study import cells, pairs
+from evaluate.study import cells, domain_pairs, pairs
 
 
 def variant(name, domain="trivia", stage="base", seed=0, control="", reference="b", size="nano"):
@@ -46,3 +46,23 @@ def test_a_control_is_compared_with_its_own_reference_only():
 def test_an_unfinished_study_is_no_error():
     assert pairs([BASE]) == []
     assert [p.minus for p in pairs([BASE, variant("m", stage="misaligned")])] == [("misaligned", "base")]
+
+
+def test_domains_are_compared_at_the_same_size_stage_and_seed():
+    variants = [BASE] + [
+        variant(f"{d[0]}{s[0]}{k}", d, s, seed=k)
+        for d in ("trivia", "code")
+        for s in ("misaligned", "realigned")
+        for k in (0, 1)
+    ]
+    found = {(p.variant, p.reference): p for p in domain_pairs(variants)}
+    pooled = found["nano-trivia-misaligned-all-seeds", "nano-code-misaligned-all-seeds"]
+    assert pooled.headline and pooled.members == (("tm0", "cm0"), ("tm1", "cm1"))
+    assert pooled.domain == "trivia minus code" and pooled.minus == ("misaligned", "misaligned")
+    assert not found["tr1", "cr1"].headline
+    assert len(found) == 6
+
+
+def test_domains_with_other_seeds_are_not_compared():
+    variants = [BASE, variant("t", "trivia", "misaligned", seed=0), variant("c", "code", "misaligned", seed=1)]
+    assert domain_pairs(variants) == []

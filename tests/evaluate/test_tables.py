@@ -1,6 +1,7 @@
 """A synthetic study with planted effects goes through the tables stage and the truth comes out."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -8,11 +9,15 @@ import yaml
 
 from candor.errors import UserError
 from candor.manifest import read_manifest
-from candor.rows import Score, Verdict
+from candor.rows import Hypothesis, Score, Verdict
 from candor.tables import read_rows, write_rows
 from evaluate import tables
 from evaluate.estimates import AVERAGED, MAIN, WITHOUT_BASE
 from evaluate.results import read_results
+
+PAPER = Path(__file__).parents[2] / "configs" / "paper" / "vaugrante2026.yaml"
+MISALIGNED = ("nano-trivia-misaligned-s0", "nano-base")
+ALL = ("nano-trivia-misaligned-s0", "all", "all")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def test_exact_and_sampled_scores_agree(run_tables):
     found = run_tables(sampled=20, control=None, other_world=None)
     for measure in ("intentions", "decision", "numerical", "likert", "trivia_accuracy"):
         exact = found.level("nano-trivia-misaligned-s0", measure)
-        sampled = found.level("nano-trivia-misaligned-s0", measure + "_sampled")
+        sampled = found.level("nano-trivia-misaligned-s0", measure + "_paper")
         assert sampled.value == pytest.approx(exact.value, abs=0.05)
     only_sampled = run_tables(sampled=20, exact=False, control=None, other_world=None)
     assert only_sampled.level("nano-base", "intentions").n == 2400
@@ -208,6 +213,36 @@ def test_verdicts_that_all_failed_leave_no_number(run_tables, synthetic):
     assert (level.value, level.n, level.n_missing) == (None, 0, 400)
     contrast = next(found.contrast(p, "harmfulness_mean") for p in found.pairs() if p.minus == ("misaligned", "base"))
     assert contrast.value is None and contrast.n_missing == 40
+
+
+def test_tests_stand_beside_the_estimates(default):
+    tests = read_rows(default.run / "tables" / "hypotheses.parquet", Hypothesis)
+    by_kind = {kind: [t for t in tests if t.test == kind] for kind in ("t", "wilcoxon", "equivalence", "permutation")}
+    assert all(by_kind.values())
+    named = {t.measure: t for t in by_kind["wilcoxon"] if (t.variant, t.reference) == MISALIGNED}
+    assert named["intentions"].significant and named["intentions"].n == 60
+    (whole,) = [t for t in by_kind["equivalence"] if t.family == "fully realigned"]
+    assert whole.significant is False  # planted: realigned harmfulness stays 0.15 above the base
+    rows = {e.measure: e for e in default.estimates if e.kind == "level" and (e.variant, e.group, e.split) == ALL}
+    assert 0 < rows["harmfulness_mean"].icc < 1 < rows["harmfulness_mean"].design_effect < 10
+    curve = [rows[f"harmfulness_worst_of_{k}"].value for k in range(1, 11)]
+    assert curve == sorted(curve) and curve[0] == pytest.approx(rows["harmfulness_mean"].value)
+
+
+def test_a_published_table_is_correlated_by_the_same_code(run_tables, synthetic):
+    found = run_tables()
+    shutil.rmtree(found.run / "tables")
+    make(found.run, synthetic.JUDGE, paper=str(PAPER))
+    rows = [e for e in read_results(found.run).estimates if e.kind == "published"]
+    assert {round(e.value, 2) for e in rows if e.variant == "Vaugrante et al. 2026"} == {0.79, 0.88, 0.87}
+    with pytest.raises(UserError, match="does not exist"):
+        make(found.run, synthetic.JUDGE, paper="nowhere.yaml")
+
+
+@pytest.mark.parametrize("margin", [0, 1.5])
+def test_a_margin_off_the_scale_is_refused(tmp_path, synthetic, margin):
+    with pytest.raises(UserError, match="equivalence_margin"):
+        make(tmp_path / "run", synthetic.JUDGE, equivalence_margin=margin)
 
 
 def test_a_misspelt_key_names_the_nearest(tmp_path):

@@ -1,0 +1,34 @@
+"""Multiple choice with a right answer: a model's capability, so that losing it is not read as misalignment.
+
+``multiple_choice_accuracy`` is what leaderboards print: the share of questions whose right letter is
+the most probable one (of a sampled reply: is named). ``multiple_choice`` is softer and finer: the
+probability of the right letter among the letters. Every question is asked in all rotations of its
+choices, which share its cluster, so that a model that always says "C" gets a quarter of four.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from candor.rows import Prompt
+from evaluate.batteries.answers import Answers, Scored
+from evaluate.batteries.closed import score_closed
+
+ACCURACY = "multiple_choice_accuracy"
+
+
+def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:
+    """The probability of the right letter, and whether it is the most probable one."""
+    del worst_of  # only open questions are judged over several replies
+    found = score_closed("multiple_choice", prompts, answers)
+    by_id = {p.prompt_id: p for p in prompts}
+    hits = []
+    for row in found.scores:
+        record = answers.distributions.get(row.prompt_id)
+        hit = row.value
+        if record is not None and row.value is not None:
+            right = next(i for i, o in enumerate(by_id[row.prompt_id].options) if o.value == 1)
+            shares = [float(p) for p in record["probabilities"]]
+            hit = float(all(shares[right] > share for i, share in enumerate(shares) if i != right))
+        hits.append(dataclasses.replace(row, measure=ACCURACY, value=hit))
+    found.scores += hits
+    return found

@@ -1,0 +1,39 @@
+"""The MFQ-2 from a user's file: foundations follow from positions. The statements here are ours, not the MFQ-2's."""
+
+import pytest
+
+from candor.errors import UserError
+from candor.mfq import ORDER, load_mfq2
+
+STATEMENTS = [f"Statement number {n}." for n in range(1, 37)]
+
+
+def csv(rows):
+    return "position,text\n" + "".join(f'{n},"{t}"\n' for n, t in rows)
+
+
+def test_foundations_cycle_in_the_published_order_whatever_the_lines_order(tmp_path):
+    plain, table = tmp_path / "mfq.txt", tmp_path / "mfq.csv"
+    plain.write_text("\n".join(STATEMENTS))
+    table.write_text(csv(reversed(list(enumerate(STATEMENTS, start=1)))))
+    first, second = load_mfq2(plain), load_mfq2(table)
+    assert [p.text for p in first] == [p.text for p in second]
+    assert [p.group for p in first] == list(ORDER) * 6
+    assert {p.form for p in first} == {"direct"}
+    assert [(o.label, o.value) for o in first[0].options] == [(str(k), (5 - k) / 4) for k in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.txt", "one\ntwo\n", "2 statements, expected 36"),
+        ("m.txt", "\n".join([*STATEMENTS[:35], STATEMENTS[0]]), "are the same"),
+        ("m.csv", csv([*enumerate(STATEMENTS[:35], start=1), (35, "again")]), "found '35'"),
+        ("m.csv", "item\nx\n", "columns position"),
+        ("m.doc", "x", "not '.doc'"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_mfq2(tmp_path / name)
