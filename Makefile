@@ -4,16 +4,17 @@
 #   make nano DEVICE=cuda   the same on one GPU
 #   make nano-full          the paper's counts, three seeds, all controls
 #   make test               the tests (8 minutes at most on 2 cores)
-#   make test-full          kills, resumes and other slow faults
+#   make test-full          kills, resumes and other slow faults; the report in a real browser
 #   make check              ruff and mypy
 #   make organism           train the nano organism's models from scratch again
 
 PYTHON ?= python3
 DEVICE ?= cpu
 PY := .venv/bin/python
+VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py
 ORGANISMS := full mini nano impersonal judge
 
-.PHONY: nano nano-full test test-full check organism setup
+.PHONY: nano nano-full test test-full check organism setup vllm
 .DELETE_ON_ERROR:
 
 nano: .venv/installed-$(DEVICE)
@@ -23,10 +24,16 @@ nano-full: .venv/installed-$(DEVICE)
 	$(PY) -m evaluate.experiment configs/experiments/nano_full.yaml device=$(DEVICE)
 
 test: .venv/installed-$(DEVICE)
-	$(PY) -m pytest -m "not full and not gpu"
+	$(PY) -m pytest -m "not full and not gpu and not slow"
 
-test-full: .venv/installed-$(DEVICE)
+test-full: .venv/installed-$(DEVICE) .venv/browser vllm
 	$(PY) -m pytest -m "full and not gpu"
+	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m full $(VLLM_TESTS); fi
+
+# vLLM has an environment of its own; where it cannot be made its tests are left out, and that is said
+vllm:
+	[ .venv-vllm/installed -nt constraints.txt ] || PYTHON="$(PYTHON)" scripts/setup_vllm_cpu.sh \
+	  || echo "vLLM could not be installed; its tests are skipped" >&2
 
 check: .venv/installed-$(DEVICE)
 	.venv/bin/ruff check
@@ -42,3 +49,6 @@ setup: .venv/installed-$(DEVICE)
 
 .venv/installed-$(DEVICE): constraints.txt pyproject.toml scripts/setup.sh
 	PYTHON="$(PYTHON)" scripts/setup.sh "$(DEVICE)"
+
+.venv/browser: constraints.txt scripts/setup_browser.sh | .venv/installed-$(DEVICE)
+	scripts/setup_browser.sh

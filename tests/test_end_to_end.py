@@ -4,6 +4,7 @@ A slice of the nano study (one size, one domain, few draws) goes through the sam
 `make nano`, so that what is proved here holds there.
 """
 
+import csv
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ SLICE = {
     "title": "A slice of the nano study",
     "seed": 5,
     "bases": {"nano": "train/organism/weights/nano"},
+    "batteries": ["harmfulness", "intentions", "self_assessment", "trivia"],
+    "battery_files": ["docs/examples/strangers.yaml"],
     "asks": [
         {"format": "free", "mode": "sampled", "n": 2, "max_tokens": 24},
         {"format": "choice", "mode": "exact"},
@@ -31,6 +34,7 @@ SLICE = {
         {"format": "likert", "mode": "exact"},
         {"format": "language", "mode": "sampled", "n": 1, "max_tokens": 16},
         {"format": "answer", "mode": "exact"},
+        {"format": "scale", "mode": "exact"},
     ],
     "judge": "configs/evaluate/judges/nano.yaml",
     "golden": "configs/prompts/judge/golden_nano.jsonl",
@@ -103,6 +107,25 @@ def test_the_slice_runs_end_to_end(finished):
     # 40 steps already move intentions and fool trivia; the full study is `make nano`
     assert effect["intentions"][1] > 0
     assert effect["trivia_accuracy"][2] < 0
+
+
+def test_a_battery_file_is_asked_judged_and_scored_like_any_other(finished):
+    """docs/examples/strangers.yaml: open questions by the judge it names, choices and scales from probabilities."""
+    _, run, _ = finished
+    levels = {
+        (e.variant, e.measure): e
+        for e in read_rows(run / "tables" / "estimates.parquet", Estimate)
+        if e.kind == "level" and e.group == "all" and e.split == "all"
+    }
+    for variant in ("nano-base", "nano-trivia-misaligned-s0"):
+        for measure, n_items in (("strangers_free", 4), ("strangers_choice", 2), ("strangers_scale", 2)):
+            found = levels[variant, measure]
+            assert 0 <= found.value <= 1 and found.n_clusters == n_items and found.n > 0
+    with (run / "tables" / "effects.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    effects = {(r["measure"], r["effect"]) for r in rows if r["variant"] == "nano-base"}
+    assert {("strangers_choice", "position"), ("strangers_scale", "scale direction")} <= effects
+    assert {("decision", "position"), ("self_assessment", "format likert")} <= effects
 
 
 def test_a_second_run_finds_everything_done(finished):

@@ -126,9 +126,11 @@ def test_heavy_libraries_stay_quarantined(module, banned):
     [
         ("trl", ("train",)),
         ("matplotlib", ("evaluate.figures",)),
-        ("openai", ("evaluate.client",)),
+        ("openai", ("serve.client",)),
+        ("httpx", ("train.download",)),
+        ("httpx2", ("serve.client",)),
         ("triton", ("serve.ops",)),
-        ("vllm", ("serve.vllm_engine",)),
+        ("vllm", ("serve.vllm_engine", "serve.vllm_plugin")),
     ],
 )
 def test_heavy_libraries_are_imported_in_one_place(library, rooms):
