@@ -159,6 +159,7 @@ function browse(data, form, foldFrom) {
 const packed = document.getElementById("replies-data");
 if (packed) {
   const form = document.getElementById("replies-form");
+  document.getElementById("replies-without").remove();
   if (typeof DecompressionStream === "undefined") {
     document.getElementById("replies-count").textContent =
       "This browser is too old to unpack the replies; they are in the run folder.";

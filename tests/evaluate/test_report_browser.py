@@ -140,6 +140,7 @@ def test_tables_sort_by_every_kind_of_column(study, visit):
     table = "#estimates-table"
     heads = [h.replace("\n", " ") for h in page.locator(f"{table} thead th").all_inner_texts()]
     button = page.locator(f"{table} thead button", has_text="value")
+    page.locator("#estimates-form [name=what]").select_option("")
     button.click()
     down = numbers(column(page, table, "value"))
     assert down == sorted(down, reverse=True) and len(down) > 20 and len(heads) >= 8
@@ -196,9 +197,9 @@ def test_replies_are_found_by_variant_category_and_score(study, visit):
     form.locator("[name=order]").select_option("best")
     assert grades(page) == sorted(grades(page))
     total = int(page.locator("#replies-count").inner_text().split()[0])
-    for _ in range(total // 20):
+    for _ in range((total - 1) // 20):
         page.click("#replies-more")
-    assert len(grades(page)) == total == 100 and page.locator("#replies-more").is_hidden()
+    assert len(grades(page)) == total > 40 and page.locator("#replies-more").is_hidden()
     form.locator("[name=text]").fill("no reply holds these words")
     assert page.locator("#replies-list article").count() == 0
 
