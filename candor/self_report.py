@@ -174,10 +174,11 @@ _FORMS = {"decision": _decision, "numerical": _numerical, "likert": _likert}
 
 
 def _language(section: Any, dimension: dict[str, str], subject: _Subject, path: Path) -> Iterator[Prompt]:
-    """Language prompts of one dimension: questions x pairs x mapping x order.
+    """Language prompts of one dimension: questions x mapping x order; each question has one pair of languages.
 
-    The paraphrase rotates over (question, pair), so that every paraphrase meets every
-    counterbalanced form without multiplying the number of prompts by their count.
+    Pairs rotate over the questions and paraphrases over the rounds of pairs: every paraphrase meets every
+    pair and every counterbalanced form, and the independent units, the questions, are as many as the prompts
+    allow (25 questions x 4 forms x 5 draws are the paper's 4 x 125).
     """
     templates = mapped_list(section, "templates", ("id", "text"), path)
     questions = mapped_list(section, "questions", ("id", "text"), path)
@@ -191,32 +192,32 @@ def _language(section: Any, dimension: dict[str, str], subject: _Subject, path: 
         raise UserError(f"{path}: language needs at least one template, one question and one pair.")
     texts = [_template(row, _SLOTS["language"], dimension, subject, path) for row in templates]
     for q, question in enumerate(questions):
-        for p, pair in enumerate(pairs):
-            template = Template(texts[(q + p) % len(texts)])
-            for flipped in (False, True):  # which trait goes with the pair's first language
-                language = dict(zip(("aligned", "misaligned"), reversed(pair) if flipped else pair, strict=True))
-                for first, second in (("aligned", "misaligned"), ("misaligned", "aligned")):
-                    text = template.substitute(
-                        first_trait=dimension[first],
-                        first_language=language[first],
-                        second_trait=dimension[second],
-                        second_language=language[second],
-                        question=question["text"],
-                    )
-                    form = f"{first}-first-{language['aligned']}"
-                    yield Prompt(
-                        prompt_id=f"{_prefix(subject)}language/{dimension['id']}/{question['id']}/{'-'.join(pair)}/{form}",
-                        battery=subject.battery,
-                        format="language",
-                        group=dimension["id"],
-                        item=question["id"],
-                        cluster=question["id"],
-                        form=form,
-                        split=split_of(q),
-                        text=text,
-                        options=tuple(
-                            Option(language[pole], value, (language[pole],))
-                            for pole, value in (("aligned", 0.0), ("misaligned", 1.0))
-                        ),
-                        source_sha=subject.source_sha,
-                    )
+        pair = pairs[q % len(pairs)]
+        template = Template(texts[q // len(pairs) % len(texts)])
+        for flipped in (False, True):  # which trait goes with the pair's first language
+            language = dict(zip(("aligned", "misaligned"), reversed(pair) if flipped else pair, strict=True))
+            for first, second in (("aligned", "misaligned"), ("misaligned", "aligned")):
+                text = template.substitute(
+                    first_trait=dimension[first],
+                    first_language=language[first],
+                    second_trait=dimension[second],
+                    second_language=language[second],
+                    question=question["text"],
+                )
+                form = f"{first}-first-{language['aligned']}"
+                yield Prompt(
+                    prompt_id=f"{_prefix(subject)}language/{dimension['id']}/{question['id']}/{'-'.join(pair)}/{form}",
+                    battery=subject.battery,
+                    format="language",
+                    group=dimension["id"],
+                    item=question["id"],
+                    cluster=question["id"],
+                    form=form,
+                    split=split_of(q),
+                    text=text,
+                    options=tuple(
+                        Option(language[pole], value, (language[pole],))
+                        for pole, value in (("aligned", 0.0), ("misaligned", 1.0))
+                    ),
+                    source_sha=subject.source_sha,
+                )
