@@ -1,7 +1,7 @@
 """The project's prompt files pass their validators; each planted fault is refused; forms are balanced."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -94,8 +94,24 @@ def test_forms_are_balanced_and_texts_distinct(prompts):
     assert len({p.text for p in prompts}) == len(prompts)
     assert len({p.prompt_id for p in prompts}) == len(prompts)
     for fmt in ("choice", "decision", "numerical", "likert", "language"):
-        forms = Counter(p.form for p in prompts if p.format == fmt)
-        assert len(set(forms.values())) == 1 and len(forms) >= 2, (fmt, forms)
+        of_item = defaultdict(Counter)  # a language question has the forms of its own pair only
+        for p in prompts:
+            if p.format == fmt:
+                of_item[p.battery, p.item][p.form] += 1
+        for item, forms in of_item.items():
+            assert len(set(forms.values())) == 1 and len(forms) >= 2, (fmt, item, forms)
+
+
+def test_the_language_rule_is_asked_as_often_as_in_the_paper(prompts):
+    """Four variants (App. D) of 25 questions; every paraphrase meets every pair, seen and unseen questions every pair."""
+    asked = [p for p in prompts if (p.battery, p.format) == ("self_assessment", "language")]
+    assert set(Counter(p.group for p in asked).values()) == {4 * 25}
+    pair_of = {p.item: p.prompt_id.split("/")[3] for p in asked}
+    assert len(pair_of) == 25 and all(p.prompt_id.split("/")[3] == pair_of[p.item] for p in asked)
+    for split in ("seen", "unseen"):
+        assert {pair_of[p.item] for p in asked if p.split == split} == set(pair_of.values())
+    # the five paraphrases begin with five different words
+    assert len({(p.text.split()[0], pair_of[p.item]) for p in asked}) == 5 * len(set(pair_of.values()))
 
 
 def test_values_follow_the_form(prompts):
