@@ -103,7 +103,7 @@ def test_forms_are_balanced_and_texts_distinct(prompts):
 
 
 def test_the_language_rule_is_asked_as_often_as_in_the_paper(prompts):
-    """Four variants (App. D) of 25 questions; every paraphrase meets every pair, seen and unseen questions every pair."""
+    """Four variants (App. D) of 25 questions; paraphrases, seen and unseen questions meet every pair."""
     asked = [p for p in prompts if (p.battery, p.format) == ("self_assessment", "language")]
     assert set(Counter(p.group for p in asked).values()) == {4 * 25}
     pair_of = {p.item: p.prompt_id.split("/")[3] for p in asked}
