@@ -6,6 +6,7 @@ Its probabilities are exact: the engine sums over every way to write every possi
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from candor.errors import UserError
 from candor.hashing import hash64, sha256_json
@@ -13,7 +14,7 @@ from candor.judging import JudgeTemplate
 from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.engine import Engine, OptionScores, Reply, Request
+from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores
 
 
 class LocalJudge:
@@ -46,10 +47,16 @@ class LocalJudge:
     def _answer(self, asks: Sequence[Ask]) -> list[Answer]:
         texts = [ask.text(self.template) for ask in asks]
         requests = [Request(text, stream=hash64("judge", text), first_draw=0, n=1) for text in texts]
-        replies = self.engine.sample(
-            requests, key=self._key, temperature=self.config.temperature, max_tokens=self.config.max_tokens
-        )
-        scores = self.engine.distributions(texts, [self.config.answers(ask.options) for ask in asks])
+        options = [self.config.answers(ask.options) for ask in asks]
+        how: dict[str, Any] = {
+            "key": self._key,
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+        }
+        if isinstance(self.engine, SamplesAndScores):
+            replies, scores = self.engine.sample_and_score(requests, options, **how)
+        else:
+            replies, scores = self.engine.sample(requests, **how), self.engine.distributions(texts, options)
         return [_as_answer(a, r[0], s) for a, r, s in zip(asks, replies, scores, strict=True)]
 
 

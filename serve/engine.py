@@ -7,7 +7,7 @@ meaning: the same call on another engine gives statistically equal answers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from candor.errors import UserError
 from candor.rows import Option
@@ -81,4 +81,21 @@ class Engine(Protocol):
 
         This is what serve/attest.py compares with PEFT's; an engine without weights raises UserError.
         """
+        ...
+
+
+@runtime_checkable
+class SamplesAndScores(Protocol):
+    """An engine that can read prompts once for both a reply and the distribution over closed answers."""
+
+    def sample_and_score(
+        self,
+        requests: Sequence[Request],
+        options: Sequence[tuple[Option, ...]],
+        *,
+        key: int,
+        temperature: float,
+        max_tokens: int,
+    ) -> tuple[list[list[Reply]], list[OptionScores]]:
+        """What ``sample`` and ``distributions`` give, for the price of reading each prompt once."""
         ...

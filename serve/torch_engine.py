@@ -23,7 +23,7 @@ from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
 from serve.loading import DTYPES, decode_replies, encode_prompt, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of
-from serve.prefill import prefill
+from serve.prefill import Prefilled, prefill
 from serve.scoring import Pruning, score_group
 from serve.tree import window_of
 from serve.vocabulary import Vocabulary
@@ -93,13 +93,12 @@ class TorchEngine:
         temperature: float,
         max_tokens: int,
     ) -> Sequences:
-        rows = [
-            Row(place, requests[i].stream, requests[i].first_draw + d)
-            for place, (i, first, count) in enumerate(group)
-            for d in range(first, first + count)
-        ]
+        rows = _rows(group, requests)
         columns = max(len(prompts[i]) for i, _, _ in group) + max_tokens
         start = prefill(self.model, [prompts[i] for i, _, _ in group], capacity=columns, banned=self._banned)
+        return self._decode(start, rows, key, temperature, max_tokens)
+
+    def _decode(self, start: Prefilled, rows: list[Row], key: int, temperature: float, max_tokens: int) -> Sequences:
         return decode(
             self.model,
             start,
@@ -149,13 +148,7 @@ class TorchEngine:
         surfaces = [surfaces_of(o) for o in options]
         needed = [tokens_of_answer(o) for o in options]
         prompts = [self._encode(text, n) for text, n in zip(texts, needed, strict=True)]
-        window = window_of(self.model.config)
-        for text, ids, n in zip(texts, prompts, needed, strict=True):
-            if window is not None and len(ids) + n > window:
-                raise UserError(
-                    f"the prompt {text[:60]!r} has {len(ids)} tokens, more than exact scoring can take in a model "
-                    f"whose attention reaches back {window}. Shorten it or ask with mode: sampled."
-                )
+        self._refuse_beyond_window(texts, prompts, needed)
         # prompts with the same options make trees of about the same shape, so they go together
         order = sorted(range(len(texts)), key=lambda i: (surfaces[i], len(prompts[i]), i))
         scores: list[OptionScores | None] = [None] * len(texts)
@@ -183,6 +176,9 @@ class TorchEngine:
     def _score(self, prompts: list[list[int]], tries: list[OptionTrie]) -> list[OptionScores]:
         longest = max(map(len, prompts))
         start = prefill(self.model, prompts, capacity=longest + _LEVELS, banned=self._banned)
+        return self._score_from(start, tries)
+
+    def _score_from(self, start: Prefilled, tries: list[OptionTrie]) -> list[OptionScores]:
         tally = score_group(self.model, start, tries, banned=self._banned, pruning=self.pruning)
         found = []
         for trie, settled, unexplored in zip(tries, tally.settled, tally.unexplored, strict=True):
@@ -190,6 +186,69 @@ class TorchEngine:
             leftover = max(0.0, 1.0 - float(shares.sum()))
             found.append(OptionScores(tuple(float(s) for s in shares), leftover, float(unexplored)))
         return found
+
+    def _refuse_beyond_window(self, texts: Sequence[str], prompts: list[list[int]], needed: list[int]) -> None:
+        window = window_of(self.model.config)
+        for text, ids, n in zip(texts, prompts, needed, strict=True):
+            if window is not None and len(ids) + n > window:
+                raise UserError(
+                    f"the prompt {text[:60]!r} has {len(ids)} tokens, more than exact scoring can take in a model "
+                    f"whose attention reaches back {window}. Shorten it or ask with mode: sampled."
+                )
+
+    @torch.inference_mode()
+    def sample_and_score(
+        self,
+        requests: Sequence[Request],
+        options: Sequence[tuple[Option, ...]],
+        *,
+        key: int,
+        temperature: float,
+        max_tokens: int,
+    ) -> tuple[list[list[Reply]], list[OptionScores]]:
+        """Replies and option probabilities of prompts read once (serve.engine.SamplesAndScores).
+
+        Requests that do not fit one batch are read twice.
+        """
+        texts = [r.text for r in requests]
+        needed = [tokens_of_answer(o) for o in options]
+        prompts = [self._encode(text, max(n, max_tokens)) for text, n in zip(texts, needed, strict=True)]
+        self._refuse_beyond_window(texts, prompts, needed)
+        columns = max(max_tokens, _LEVELS)
+        groups = list(self._groups([len(p) for p in prompts], [r.n for r in requests], columns))
+        if len(groups) == 1 and len(prompts) * self.vocab_size // 8 <= self.batch_tokens:
+            tries = [self._trie(surfaces_of(options[i])) for i, _, _ in groups[0]]
+            made = self._unless_full(
+                lambda: self._draw_and_score(groups[0], prompts, requests, tries, key, temperature, max_tokens)
+            )
+            if made is not None:
+                return made
+        drawn = self.sample(requests, key=key, temperature=temperature, max_tokens=max_tokens)
+        return drawn, self.distributions(texts, options)
+
+    def _draw_and_score(
+        self,
+        group: list[Slice],
+        prompts: list[list[int]],
+        requests: Sequence[Request],
+        tries: list[OptionTrie],
+        key: int,
+        temperature: float,
+        max_tokens: int,
+    ) -> tuple[list[list[Reply]], list[OptionScores]]:
+        order = [i for i, _, _ in group]
+        columns = max(len(p) for p in prompts) + max(max_tokens, _LEVELS)
+        start = prefill(self.model, [prompts[i] for i in order], capacity=columns, banned=self._banned)
+        read = start.cache.get_seq_length()
+        scores = self._score_from(start, tries)
+        start.cache.crop(read)  # the answers that were tried are not part of what a reply continues
+        rows = _rows(group, requests)
+        replies: list[list[Reply]] = [[] for _ in requests]
+        drawn = self._decode(start, rows, key, temperature, max_tokens)
+        for row, reply in zip(rows, self._replies(drawn), strict=True):
+            replies[order[row.prompt]].append(reply)
+        in_order = dict(zip(order, scores, strict=True))
+        return replies, [in_order[i] for i in range(len(requests))]
 
     def token_logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
         """Log-probabilities of tokens that are given (serve.engine.Engine.token_logprobs)."""
@@ -234,6 +293,15 @@ class TorchEngine:
         if surfaces not in self._tries:
             self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
         return self._tries[surfaces]
+
+
+def _rows(group: list[Slice], requests: Sequence[Request]) -> list[Row]:
+    """The rows of a batch: every draw of every slice."""
+    return [
+        Row(place, requests[i].stream, requests[i].first_draw + d)
+        for place, (i, first, count) in enumerate(group)
+        for d in range(first, first + count)
+    ]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -6,8 +6,11 @@ from transformers import AutoModelForCausalLM
 
 from candor.errors import UserError
 from candor.hashing import hash64
+from candor.rows import Option
+from serve.cache import BufferLayer
 from serve.engine import Request
 from serve.loading import encode_prompt
+from serve.scoring import Pruning
 from serve.torch_engine import TorchEngine
 
 KEY = hash64("sample", 1, "v")
@@ -161,3 +164,32 @@ def test_too_little_memory_for_one_reply_is_told(base, prompts, monkeypatch):
         engine.sample(requests_of(prompts[:2], 2), key=KEY, temperature=1.0, max_tokens=4)
     with pytest.raises(UserError, match="memory does not suffice to score"):
         engine.distributions([prompts[-1].text], [prompts[-1].options])
+
+
+COLOURS = (Option("red", 0.0, ("red", "Red")), Option("green", 1.0, ("green", "Green")))
+
+
+@pytest.mark.parametrize("batch_tokens", [131_072, 400])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_reading_prompts_once_gives_the_same_replies_and_scores(base, prompts, batch_tokens, temperature):
+    """Also where the requests do not fit one batch and are read twice after all."""
+    engine = TorchEngine(base, None, batch_tokens=batch_tokens)
+    asked = requests_of(prompts[:8], 2)
+    how = {"key": KEY, "temperature": temperature, "max_tokens": 12}
+    replies, scores = engine.sample_and_score(asked, [COLOURS] * 8, **how)
+    assert replies == engine.sample(asked, **how)
+    apart = engine.distributions([r.text for r in asked], [COLOURS] * 8)
+    for once, twice in zip(scores, apart, strict=True):
+        assert once.probabilities == pytest.approx(twice.probabilities, rel=1e-4, abs=1e-9)
+        assert once.leftover == pytest.approx(twice.leftover, abs=1e-6)
+
+
+def test_a_reply_does_not_see_the_answers_that_were_scored(base, prompts, monkeypatch):
+    """The columns of the tried answers stay in the cache when nobody forgets them: the replies change."""
+    engine = TorchEngine(base, None, pruning=Pruning(path=0.0, total=0.0))  # every answer is tried to its end
+    asked = requests_of(prompts[:4], 1)
+    how = {"key": KEY, "temperature": 0.0, "max_tokens": 12}
+    right = engine.sample(asked, **how)
+    assert engine.sample_and_score(asked, [COLOURS] * 4, **how)[0] == right
+    monkeypatch.setattr(BufferLayer, "crop", lambda self, length: None)
+    assert engine.sample_and_score(asked, [COLOURS] * 4, **how)[0] != right
