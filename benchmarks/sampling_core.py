@@ -50,6 +50,7 @@ class Shape:
     draws: int = 1
     width: int = 0
     family: str = ""
+    vocab: int = VOCABULARY
 
 
 class Book:
@@ -72,7 +73,7 @@ class Book:
             base = found.get(against)
             row = {
                 "benchmark": "sampling_core", "op": shape.op, "provider": name, "rows": shape.rows,
-                "draws": shape.draws, "width": shape.width, "vocab": VOCABULARY, "family": shape.family,
+                "draws": shape.draws, "width": shape.width, "vocab": shape.vocab, "family": shape.family,
                 "median_us": round(times.median, 1), "low_us": round(times.low, 1), "high_us": round(times.high, 1),
                 "cpu_us": "" if times.cpu is None else round(times.cpu, 1),
                 "floor_us": "" if least is None else round(least, 1),
@@ -83,7 +84,7 @@ class Book:
             }  # fmt: skip
             self.rows.append(row)
             print(
-                f"{shape.op:<14}{name:<26}{shape.rows:>5} x {shape.draws:<5}{shape.width:>5}{value:>12.1f} us", end=""
+                f"{shape.op:<16}{name:<26}{shape.rows:>5} x {shape.draws:<5}{shape.width:>5}{value:>12.1f} us", end=""
             )
             print(f"  of floor {row['of_floor']}  faster {row['faster']}", flush=True)
         return found
@@ -140,11 +141,13 @@ def cpu_engine(book: Book) -> None:
         }
         shape = Shape("engine step", rows, family=f"heavy head, temperature {temperature}")
         book.take(shape, calls, floor="one reading", against="softmax + multinomial")
-    book.take(Shape("engine replies", 64, family="nano, 16 tokens"), _replies(), against="softmax + multinomial")
+    vocab, replies = _replies()
+    shape = Shape("engine replies", rows, family="nano, 16 tokens", vocab=vocab)
+    book.take(shape, replies, against="softmax + multinomial")
 
 
-def _replies() -> dict[str, Call]:
-    """The engine on a nano model: 64 replies of 16 tokens, drawn by the core and by torch.multinomial."""
+def _replies() -> tuple[int, dict[str, Call]]:
+    """The engine on a nano model: 64 replies of 16 tokens, by the core and by torch.multinomial; its vocabulary."""
     from candor.questions import load_all
     from serve.engine import Request
     from serve.plan import stream_of
@@ -175,7 +178,7 @@ def _replies() -> dict[str, Call]:
         finally:
             decoding._draw, decoding._Numbers = own
 
-    return {"core": by_core, "softmax + multinomial": by_multinomial}
+    return engine.vocab_size, {"core": by_core, "softmax + multinomial": by_multinomial}
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
