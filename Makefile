@@ -5,16 +5,17 @@
 #   make nano-full          the paper's counts, three seeds, all controls
 #   make test               the tests (8 minutes at most on 2 cores)
 #   make test-full          kills, resumes and other slow faults; the report in a real browser
+#   make gpu-test           the compiled kernels at full sizes, on a CUDA machine
 #   make check              ruff and mypy
 #   make organism           train the nano organism's models from scratch again
 
 PYTHON ?= python3
 DEVICE ?= cpu
 PY := .venv/bin/python
-VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py
+VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_vllm_plugin.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py
 ORGANISMS := full mini nano impersonal judge
 
-.PHONY: nano nano-full test test-full check organism setup vllm
+.PHONY: nano nano-full test test-full gpu-test check organism setup vllm
 .DELETE_ON_ERROR:
 
 nano: .venv/installed-$(DEVICE)
@@ -29,6 +30,10 @@ test: .venv/installed-$(DEVICE)
 test-full: .venv/installed-$(DEVICE) .venv/browser vllm
 	$(PY) -m pytest -m "full and not gpu"
 	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m full $(VLLM_TESTS); fi
+
+# not in the interpreter that the other tests run Triton's kernels in
+gpu-test: .venv/installed-cuda
+	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/serve/ops
 
 # vLLM has an environment of its own; where it cannot be made its tests are left out, and that is said
 vllm:

@@ -25,6 +25,7 @@ from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
 from serve.config import Ask
+from serve.plan import refuse_shared_keys, refuse_shared_streams
 from train.config import RECIPE_KEYS
 from train.data import DataSet
 
@@ -134,6 +135,7 @@ class _Builder:
         self.engine = plain(replace(experiment.engine, device=experiment.device))
         self.prompts = self.run / PROMPTS
         asked = gather(experiment.sources)
+        refuse_shared_streams(asked)
         self.modes = tuple(self._complete(mode, asked) for mode in experiment.read_modes())
         along = experiment.along_training
         self.along = self._complete(load(Mode, along.mode), asked) if along else None
@@ -403,6 +405,7 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     """The stages of an experiment, each after those it waits for; UserError when it needs a file that is not there."""
     builder = _Builder(experiment)
     subjects = subjects_of(experiment)
+    refuse_shared_keys(experiment.seed, (s.row.name for s in subjects))
     builder.add_questions(subjects)
     builder.add_data(subjects)
     for subject in subjects:

@@ -7,7 +7,7 @@ it, so that answers of another variant, engine or wording are never taken for it
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,7 +33,7 @@ class Identity:
     @property
     def key(self) -> int:
         """The random-number key of every draw of this variant in this study."""
-        return hash64("sample", self.study_seed, self.variant)
+        return draw_key(self.study_seed, self.variant)
 
     @functools.cached_property
     def text(self) -> str:
@@ -55,9 +55,43 @@ class Unit:
         return len(self.prompts) * self.ask.n
 
 
+def draw_key(study_seed: int, variant: str, purpose: str = "sample") -> int:
+    """The random-number key of what a variant draws in a study for one purpose."""
+    return hash64(purpose, study_seed, variant)
+
+
 def stream_of(sha: str) -> int:
     """The random-number stream of a prompt."""
     return hash64("prompt", sha)
+
+
+def refuse_shared_keys(study_seed: int, variants: Iterable[str]) -> None:
+    """UserError when two variants of a study would draw the same random numbers."""
+    pair = _shared((name, draw_key(study_seed, name)) for name in variants)
+    if pair:
+        raise UserError(
+            f"variants {pair[0]!r} and {pair[1]!r} would draw the same random numbers with seed {study_seed}: "
+            "the 64-bit hashes of their names are the same. Change the seed of the experiment, or a name."
+        )
+
+
+def refuse_shared_streams(prompts: Iterable[Prompt]) -> None:
+    """UserError when two prompts would draw the same random numbers."""
+    pair = _shared((prompt.prompt_id, stream_of(prompt_sha(prompt))) for prompt in prompts)
+    if pair:
+        raise UserError(
+            f"prompts {pair[0]!r} and {pair[1]!r} would draw the same random numbers: the 64-bit hashes of their "
+            "texts are the same. Change the wording of one by a character."
+        )
+
+
+def _shared(named: Iterable[tuple[str, int]]) -> tuple[str, str] | None:
+    """The first two names that have one number."""
+    first: dict[int, str] = {}
+    for name, number in named:
+        if first.setdefault(number, name) != name:
+            return first[number], name
+    return None
 
 
 def sample_id(identity: Identity, ask: Ask, sha: str, draw: int) -> str:
@@ -161,5 +195,4 @@ def _refuse_same(prompts: Sequence[Prompt]) -> None:
             raise UserError(f"prompts {other!r} and {prompt.prompt_id!r} ask the very same. Remove one.")
     if len(first) != len(prompts):
         raise UserError("a prompt is listed twice in the prompts file. Make the file anew.")
-    streams = {stream_of(sha) for sha in first}
-    assert len(streams) == len(first), f"{len(first)} prompts share {len(streams)} random-number streams"
+    refuse_shared_streams(prompts)

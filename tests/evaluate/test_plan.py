@@ -8,6 +8,7 @@ import yaml
 
 from candor.config import build, load
 from candor.errors import UserError
+from candor.hashing import hash64
 from candor.rows import Variant
 from candor.tables import read_rows
 from evaluate import questions
@@ -275,6 +276,22 @@ def test_needs_reach_the_stages(tmp_path):
 def test_mistakes_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         build_plan(build(Experiment, values(tmp_path, **change), where="test"))
+
+
+@pytest.mark.parametrize("purpose", ["sample", "prompt"])
+def test_no_two_variants_and_no_two_prompts_share_random_numbers(experiment, monkeypatch, purpose):
+    """Planted: a 64-bit hash that gives two variants one key, or two prompts one stream."""
+    made: dict[str, list[int]] = {"sample": [], "prompt": []}
+
+    def hash_with_a_collision(kind, *parts):
+        numbers = made[kind]
+        numbers.append(numbers[0] if kind == purpose and len(numbers) == 1 else hash64(kind, *parts))
+        return numbers[-1]
+
+    monkeypatch.setattr("serve.plan.hash64", hash_with_a_collision)
+    what = "variants 'full-base' and 'mini-base'" if purpose == "sample" else "prompts '.+' and '.+'"
+    with pytest.raises(UserError, match=f"{what} would draw the same random numbers.*Change"):
+        build_plan(experiment)
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,11 @@ def test_prompts_that_ask_the_same_are_refused(config, prompts, tmp_path):
     write_rows(tmp_path / "prompts.parquet", Prompt, [*prompts, twin])
     with pytest.raises(UserError, match="'free/f0' and 'free/twin' ask the very same"):
         main([path])
+
+
+def test_prompts_that_would_share_random_numbers_are_refused(config, monkeypatch):
+    """Planted: a 64-bit hash that gives every prompt one number."""
+    path = config()
+    monkeypatch.setattr("serve.plan.hash64", lambda *parts: 7)
+    with pytest.raises(UserError, match=r"would draw the same random numbers.*Change the wording"):
+        main([path])

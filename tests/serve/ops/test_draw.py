@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from serve.ops import oracles, reference
+from serve.ops import oracles, philox, reference
 from serve.ops.draw import draw
 from serve.ops.rules import make_rules, pack_bits
 from serve.ops.sketch import lmhead_sketch, sketch_logits
@@ -79,18 +79,23 @@ def test_faults_are_caught_at_full_vocabulary(fault, numbers, law):
 
 
 @pytest.mark.full
-def test_law_of_a_million_draws_at_full_vocabulary(numbers, law):
-    """64 rows of peaked, ordinary and flat logits, 15,625 draws each: every row, and all together."""
+@pytest.mark.parametrize("address", ["draws", "positions"])
+def test_law_of_a_million_draws_at_full_vocabulary(address, numbers, law):
+    """64 rows of peaked, ordinary and flat logits: 15,625 draws each, or one draw at as many places of a reply."""
     logits = logits_of(64, VOCABULARY)
     logits[:16] *= 2
     logits[48:] *= 0.3
-    tokens = draw(sketch_logits(logits, 1 / 0.8), numbers(64, 15_625)).tokens
+    uniforms = numbers(64, 15_625)
+    if address == "positions":
+        one = torch.tensor([[0]])
+        uniforms, _ = philox.uniforms(11, torch.arange(64)[:, None], one, torch.arange(15_625)[None, :])
+    tokens = draw(sketch_logits(logits, 1 / 0.8), uniforms).tokens
     exact = law(logits, 1 / 0.8)
     assert min(p_values(tokens, exact)) > 1e-3
     values = transformed(tokens, exact)
     assert oracles.combined([oracles.uniform_ks(row) for row in values]) > 1e-3
     assert oracles.correlation(values.T) > 1e-3  # among prompts
-    assert oracles.correlation(values[:, :15_600].reshape(-1, 4)) > 1e-3  # among neighbouring draws
+    assert oracles.correlation(values[:, :15_600].reshape(-1, 4)) > 1e-3  # among neighbours
 
 
 @pytest.mark.full
@@ -104,14 +109,27 @@ def test_small_faults_are_caught_by_a_million_draws(fault, numbers, law):
 
 
 @pytest.mark.full
-def test_law_of_the_kernels_by_chi_square(numbers, law):
-    """A hundred thousand draws of the Triton code in the interpreter, at V = 4096."""
-    pytest.importorskip("triton")
-    logits = logits_of(4, 4096)
-    sketch = sketch_logits(logits, tile=64, backend="triton")
-    tokens = draw(sketch, numbers(4, 25_000), backend="triton").tokens.numpy()
-    for drawn, p in zip(tokens, law(logits), strict=True):
-        assert oracles.chi_square(drawn, p) > 1e-4
+@pytest.mark.parametrize("fault", [None, "temperature", "missing percent", "one seed"])
+def test_law_of_the_kernels(fault, numbers, law, monkeypatch):
+    """A hundred thousand draws of the Triton code in the interpreter, at V = 4096; and the same with faults."""
+    triton_draw = pytest.importorskip("serve.ops.triton_draw")
+    monkeypatch.setattr(triton_draw, "_DRAWS", 512)  # the interpreter's time goes by programs, not by draws
+    logits, uniforms = logits_of(4, 4096, spread=1.0), numbers(4, 25_000)
+    if fault == "one seed":
+        uniforms = uniforms[:1].expand(4, -1)
+    rules = make_rules(4, 4096, logits.device, n_valid=4055 if fault == "missing percent" else None)
+    inv_temp = 1 / 1.1 if fault == "temperature" else 1.0
+    sketch = sketch_logits(logits, inv_temp, rules=rules, tile=64, backend="triton")
+    tokens = draw(sketch, uniforms, backend="triton").tokens
+    exact = law(logits)
+    by_chi_square = min(oracles.chi_square(t, p) for t, p in zip(tokens.numpy(), exact, strict=True))
+    among_rows = oracles.correlation(transformed(tokens, exact).T)
+    if fault is None:
+        assert min(by_chi_square, among_rows, *p_values(tokens, exact)) > 1e-4
+    elif fault == "one seed":
+        assert among_rows < 1e-6
+    else:
+        assert min(by_chi_square, *p_values(tokens, exact)) < 1e-6
 
 
 def test_the_far_tail_is_drawn_as_often_as_it_should(numbers):

@@ -1,0 +1,365 @@
+"""How fast the sampling core is, beside its peers and the measured floors of the machine, all in one run.
+
+    python -m benchmarks.sampling_core [device=cpu|cuda] [parts=draw,engine] [n=20] [threads=1] [note=...] [out=...]
+    python -m benchmarks.sampling_core --table device=cuda      # also write serve/ops/backends.csv
+
+On a CPU: parts ``draw`` (one and 500 draws a row, 64 rows of 151,936 float32 logits) and ``engine`` (what the torch
+engine does at every step, and the engine itself on a nano model, with its sampler and with torch.multinomial). On a
+GPU: ``ceilings`` (copy, matrix products, one pass over logits), ``truncate`` (K2), ``choices`` (K3), ``head`` (K1);
+parts that were not named are all run.
+
+Rows go to benchmarks/results/sampling_core.csv. ``floor_us`` is the least the machine needs, measured in the same
+run: on a CPU one reading of the logits, on a GPU the larger of that part's matrix product in bfloat16 and its reading
+of memory. ``of_floor`` is floor over median. The inputs are random; logits come in three families, since truncation
+depends on their shape. `faster` is the ratio to the row's ``against``, by CPU time on a CPU.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import sampling_peers as peers
+from benchmarks.timing import Call, Times, append, machine, measure
+from candor.errors import UserError, nearest, run_script
+from serve import decoding
+from serve.ops import backends
+from serve.ops.choices import choice_score
+from serve.ops.draw import draw
+from serve.ops.philox import uniforms
+from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.truncate import truncated_draw
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/sampling_core.csv"
+NANO = ROOT / "train/organism/weights/nano"
+VOCABULARY = 151_936  # Qwen2.5
+WIDTHS, ROWS = (896, 1536, 2048, 3584, 5120), (1, 16, 64, 128, 256, 320, 512, 1024, 3200)
+FAMILIES = ("peaked", "heavy head", "flat")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one row of results is about."""
+
+    op: str
+    rows: int
+    draws: int = 1
+    width: int = 0
+    family: str = ""
+    vocab: int = VOCABULARY
+
+
+class Book:
+    """Rows of this run."""
+
+    def __init__(self, device: str, n: int, note: str) -> None:
+        self.device, self.n, self.note = device, n, note
+        self.rows: list[dict[str, Any]] = []
+
+    def take(
+        self, shape: Shape, calls: Mapping[str, Call], *, floor: str | float | None = None, against: str = ""
+    ) -> dict[str, Times]:
+        """Measure calls in turn and note them; the floor is one of them, or microseconds known already."""
+        found = measure(calls, device=self.device, n=self.n)
+        least = found[floor].median if isinstance(floor, str) else floor
+        if isinstance(floor, str) and self.device == "cpu":
+            least = found[floor].cpu
+        for name, times in found.items():
+            value = times.median if times.cpu is None else times.cpu
+            base = found.get(against)
+            row = {
+                "benchmark": "sampling_core", "op": shape.op, "provider": name, "rows": shape.rows,
+                "draws": shape.draws, "width": shape.width, "vocab": shape.vocab, "family": shape.family,
+                "median_us": round(times.median, 1), "low_us": round(times.low, 1), "high_us": round(times.high, 1),
+                "cpu_us": "" if times.cpu is None else round(times.cpu, 1),
+                "floor_us": "" if least is None else round(least, 1),
+                "of_floor": "" if least is None else round(least / value, 3),
+                "against": against,
+                "faster": "" if base is None else round((base.cpu or base.median) / value, 2),
+                "n": times.n, "how": times.how, **machine(self.device), "note": self.note,
+            }  # fmt: skip
+            self.rows.append(row)
+            print(
+                f"{shape.op:<16}{name:<26}{shape.rows:>5} x {shape.draws:<5}{shape.width:>5}{value:>12.1f} us", end=""
+            )
+            print(f"  of floor {row['of_floor']}  faster {row['faster']}", flush=True)
+        return found
+
+
+def logits_of(rows: int, family: str, device: str) -> torch.Tensor:
+    """Float32 logits: a few tokens hold nearly all, a heavy head over a Gaussian body, or nearly flat."""
+    generator = torch.Generator(device).manual_seed(rows)
+    logits = torch.randn(rows, VOCABULARY, generator=generator, device=device) * (1.0 if family == "flat" else 2.0)
+    if family != "flat":
+        head = torch.randint(VOCABULARY, (rows, 200), generator=generator, device=device)
+        lift = torch.linspace(14, 6, 200, device=device) if family == "heavy head" else torch.linspace(26, 0, 200)
+        logits.scatter_add_(1, head, lift.to(device).expand(rows, -1))
+    return logits
+
+
+def numbers(rows: int, n: int, device: str) -> torch.Tensor:
+    """Uniforms [rows, n], made as the engines make them."""
+    stream, place = torch.arange(rows, device=device)[:, None], torch.arange(n, device=device)[None, :]
+    return uniforms(7, stream, place, torch.zeros(1, 1, dtype=torch.int64, device=device))[0]
+
+
+# --- on a CPU --------------------------------------------------------------------------------------------------------
+
+
+def cpu_draw(book: Book) -> None:
+    """One draw a row, and 500."""
+    rows = 64
+    for family in FAMILIES:
+        logits = logits_of(rows, family, "cpu")
+        given = {n: numbers(rows, n, "cpu") for n in (1, 500)}
+        for n in (1, 500):
+            calls: dict[str, Call] = {
+                "core": lambda n=n, logits=logits, given=given: draw(sketch_logits(logits), given[n]),
+                "softmax + multinomial": lambda n=n, logits=logits: peers.softmax_multinomial(logits, n),
+                "one reading": lambda logits=logits: logits.amax(dim=1),
+            }
+            if n == 1:
+                calls["exponential race"] = lambda logits=logits: peers.exponential_race(logits)
+            book.take(
+                Shape("draw", rows, n, family=family), calls, floor="one reading", against="softmax + multinomial"
+            )
+
+
+def cpu_engine(book: Book) -> None:
+    """The sampling of one step of the torch engine, and whole replies of a nano model."""
+    rows = 64
+    logits, given = logits_of(rows, "heavy head", "cpu"), numbers(rows, 1, "cpu")[:, 0]
+    for temperature in (1.0, 0.7):
+        calls: dict[str, Call] = {
+            "core": lambda t=temperature: decoding._draw(logits, given, t),
+            "softmax + multinomial": lambda t=temperature: peers.softmax_multinomial_step(logits, t),
+            "one reading": lambda: logits.amax(dim=1),
+        }
+        shape = Shape("engine step", rows, family=f"heavy head, temperature {temperature}")
+        book.take(shape, calls, floor="one reading", against="softmax + multinomial")
+    vocab, replies = _replies()
+    shape = Shape("engine replies", rows, family="nano, 16 tokens", vocab=vocab)
+    book.take(shape, replies, against="softmax + multinomial")
+
+
+def _replies() -> tuple[int, dict[str, Call]]:
+    """The engine on a nano model: 64 replies of 16 tokens, by the core and by torch.multinomial; its vocabulary."""
+    from candor.questions import load_all
+    from serve.engine import Request
+    from serve.plan import stream_of
+    from serve.torch_engine import TorchEngine
+
+    engine = TorchEngine(NANO, None)
+    texts = [p.text for p in load_all(ROOT / "configs/prompts") if p.format == "free"][:8]
+    requests = [Request(text, stream_of(text), 0, 8) for text in texts]
+    own = decoding._draw, decoding._Numbers
+
+    class NoNumbers:
+        """torch.multinomial takes none, so none are made for it."""
+
+        def __init__(self, rows: Any, key: int, device: torch.device) -> None:
+            self._none = torch.zeros(len(rows), device=device)
+
+        def at(self, position: int) -> torch.Tensor:
+            return self._none
+
+    def by_core() -> None:
+        engine.sample(requests, key=7, temperature=1.0, max_tokens=16)
+
+    def by_multinomial() -> None:
+        decoding._draw = lambda logits, _, t: peers.softmax_multinomial_step(logits, t)
+        decoding._Numbers = NoNumbers
+        try:
+            by_core()
+        finally:
+            decoding._draw, decoding._Numbers = own
+
+    return engine.vocab_size, {"core": by_core, "softmax + multinomial": by_multinomial}
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def gpu_ceilings(book: Book) -> None:
+    """A copy of a gigabyte, and one reading of logits; matrix products are measured where they are the floor."""
+    source, target = torch.empty(2, 1 << 28, device="cuda").normal_()
+    book.take(Shape("copy of 1 GiB", 1), {"torch": lambda: target.copy_(source)})
+    for rows in ROWS:
+        for bits in (torch.float32, torch.bfloat16):
+            logits = logits_of(rows, "heavy head", "cuda").to(bits)
+            shape = Shape("one reading", rows, family=str(bits).removeprefix("torch."))
+            book.take(shape, {"torch": lambda logits=logits: logits.amax(dim=1)})
+
+
+def gpu_truncate(book: Book) -> None:
+    """K2: pass one, draws from logits, and the filters."""
+    sampling = peers.flashinfer()
+    for rows in ROWS:
+        for family in FAMILIES:
+            logits, given = logits_of(rows, family, "cuda"), numbers(rows, 1, "cuda")
+            reading = {"one reading": lambda logits=logits: logits.amax(dim=1)}
+            sketches: dict[str, Call] = {
+                f"core {b}": lambda b=b, logits=logits: sketch_logits(logits, check=False, backend=b)
+                for b in backends.BACKENDS["sketch_logits"]
+            }
+            book.take(Shape("sketch_logits", rows, family=family), {**sketches, **reading}, floor="one reading")
+
+            sketch = sketch_logits(logits, check=False, backend="triton")
+            finish: dict[str, Call] = {
+                f"core {b}": lambda b=b, sketch=sketch, given=given: draw(sketch, given, backend=b)
+                for b in backends.BACKENDS["finish"]
+            }
+            book.take(Shape("finish", rows, family=family), finish)
+
+            def core(logits: torch.Tensor = logits, given: torch.Tensor = given, **filters: Any) -> Any:
+                sketch = sketch_logits(logits, check=False, backend="triton")
+                if not filters:
+                    return draw(sketch, given, backend="triton")
+                return truncated_draw(sketch, given, backend="triton", **filters)
+
+            plain: dict[str, Call] = {
+                "core": core,
+                "softmax + multinomial": lambda logits=logits: peers.softmax_multinomial(logits),
+                "exponential race": lambda logits=logits: peers.exponential_race(logits),
+                "gumbel": lambda logits=logits: peers.gumbel_max(logits),
+            }
+            if rows in (64, 512, 3200):
+                race = peers.compiled(peers.exponential_race)
+                plain["exponential race, compiled"] = lambda logits=logits, race=race: race(logits)
+            filtered: dict[str, Call] = {
+                "core": lambda core=core: core(top_k=20, top_p=0.8),
+                "core, top-p alone": lambda core=core: core(top_p=0.8),
+                "core, min-p": lambda core=core: core(min_p=0.05),
+                "sort": lambda logits=logits: peers.sorted_top_p(logits, 20, 0.8),
+            }
+            if sampling is not None:
+                plain["flashinfer"] = lambda logits=logits: sampling.sampling_from_logits(logits)
+                filtered["flashinfer"] = lambda logits=logits: sampling.top_k_top_p_sampling_from_logits(
+                    logits, 20, 0.8
+                )
+                filtered["flashinfer, top-p alone"] = lambda logits=logits: sampling.top_p_sampling_from_probs(
+                    logits.softmax(dim=1), 0.8
+                )
+            book.take(Shape("draw", rows, family=family), {**plain, **reading}, floor="one reading", against="core")
+            book.take(
+                Shape("truncated_draw", rows, family=family),
+                {**filtered, **reading},
+                floor="one reading",
+                against="core",
+            )
+
+
+def heads(widths: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
+    """A head per width, random bfloat16."""
+    for width in widths:
+        yield width, torch.randn(VOCABULARY, width, device="cuda", dtype=torch.bfloat16) * 0.05
+
+
+def gpu_choices(book: Book) -> None:
+    """K3: 20 options of 3,000 rows from hidden states."""
+    for width, weight in heads((896, 3584)):
+        hidden = torch.randn(3000, width, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randint(VOCABULARY, (3000, 20), device="cuda")
+        calls: dict[str, Call] = {
+            f"core {b}": lambda b=b, h=hidden, w=weight, i=ids: choice_score(
+                lmhead_sketch(h, w, check=False, backend=b), i, backend="triton"
+            )
+            for b in backends.BACKENDS["lmhead_sketch"]
+        }
+        calls["log_softmax + gather"] = lambda h=hidden, w=weight, i=ids: (
+            (h @ w.T).float().log_softmax(dim=1).gather(1, i)
+        )
+        calls["product"] = lambda h=hidden, w=weight: h @ w.T
+        book.take(Shape("choice_score", 3000, width=width), calls, floor="product", against="log_softmax + gather")
+
+
+def gpu_head(book: Book) -> None:
+    """K1: from hidden states to tokens."""
+    for width, weight in heads(WIDTHS):
+        for rows in ROWS:
+            hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+            for n in (1, 500) if rows == 64 else (1,):
+                given = numbers(rows, n, "cuda")
+                calls: dict[str, Call] = {
+                    f"core {b}": lambda b=b, h=hidden, w=weight, g=given: draw(
+                        lmhead_sketch(h, w, check=False, backend=b), g, backend="triton"
+                    )
+                    for b in backends.BACKENDS["lmhead_sketch"]
+                }
+                calls["product"] = lambda h=hidden, w=weight: h @ w.T
+                calls["softmax + multinomial"] = lambda h=hidden, w=weight, n=n: peers.softmax_multinomial(
+                    (h @ w.T).float(), n
+                )
+                if n == 1:
+                    calls["vLLM runner, stand-in"] = lambda h=hidden, w=weight: peers.vllm_runner(h, w)
+                    calls["vLLM V1, stand-in"] = lambda h=hidden, w=weight: peers.head_exponential(h, w)
+                    for blocks in peers.FUSED:
+                        name = "fused gumbel {}x{}{}".format(*blocks[:2], " four" if blocks[2] else "")
+                        calls[name] = partial(peers.fused_gumbel(*blocks), hidden, weight)
+                    if peers.flashinfer() is not None:
+                        calls["cuBLAS + flashinfer"] = lambda h=hidden, w=weight: peers.head_flashinfer(h, w)
+                else:
+                    calls["gumbel, draw by draw"] = lambda h=hidden, w=weight: _many_gumbel((h @ w.T).float())
+                book.take(Shape("head draw", rows, n, width), calls, floor="product", against="product")
+
+
+def _many_gumbel(logits: torch.Tensor) -> torch.Tensor:
+    """500 draws a row with noise of their own each, as samplers do that make noise per draw."""
+    return torch.stack([peers.gumbel_max(logits) for _ in range(500)], dim=1)
+
+
+def write_table(book: Book, path: Path = backends.TABLE) -> None:
+    """What the core's backends took, as serve/ops/backends.py reads it; other devices' rows stay."""
+    device = backends.device_name(torch.device(book.device))
+    kept = [m for m in backends.read_table(path) if m.device != device]
+    op_of = {"sketch_logits": "sketch_logits", "finish": "finish", "head draw": "lmhead_sketch"}
+    found = [
+        backends.Measured(op_of[r["op"]], device, r["width"], r["rows"], r["provider"].split()[1], r["median_us"])
+        for r in book.rows
+        if r["op"] in op_of
+        and r["provider"].startswith("core ")
+        and r["draws"] == 1
+        and r["family"] in ("", "heavy head")
+    ]
+    if not found:
+        raise UserError("--table: no backend was measured. Run the parts truncate and head, on a CUDA device.")
+    lines = ["op,device,width,rows,backend,median_us"]
+    lines += [f"{m.op},{m.device},{m.width},{m.rows},{m.backend},{m.median_us}" for m in (*kept, *found)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+RUN = {
+    "cpu": {"draw": cpu_draw, "engine": cpu_engine},
+    "cuda": {"ceilings": gpu_ceilings, "truncate": gpu_truncate, "choices": gpu_choices, "head": gpu_head},
+}
+
+
+def main(argv: list[str]) -> None:
+    """Measure, and append the rows after every part."""
+    told = dict(word.partition("=")[::2] for word in argv if word != "--table")
+    device = told.get("device", "cuda" if torch.cuda.is_available() else "cpu")
+    if device not in RUN:
+        raise UserError(f"device is {device!r}; it must be one of {', '.join(RUN)}.")
+    parts = told.get("parts", ",".join(RUN[device])).split(",")
+    for part in parts:
+        if part not in RUN[device]:
+            raise UserError(f"parts holds {part!r}; on {device}, {nearest(part, RUN[device])}")
+    torch.set_num_threads(int(told.get("threads", 1)))
+    torch.manual_seed(0)
+    book = Book(device, int(told.get("n", 20 if device == "cpu" else 100)), told.get("note", ""))
+    out, written = Path(told.get("out", RESULTS)), 0
+    with torch.inference_mode():
+        for part in parts:
+            RUN[device][part](book)
+            append(out, book.rows[written:])
+            written = len(book.rows)
+    if "--table" in argv:
+        write_table(book)
+
+
+if __name__ == "__main__":
+    run_script(main)
