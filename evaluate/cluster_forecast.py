@@ -36,7 +36,7 @@ class Forecast:
 
 
 def play(stages: Sequence[Stage], gpus: int, *, preempted: Preemptions | None = None, seed: int = 0) -> Forecast:
-    """Play the plan on ``gpus`` GPUs; stages that need none are not held up by anything."""
+    """Play the plan on ``gpus`` GPUs; stages that need none do not wait for one."""
     generator = random.Random(seed)
     rank = critical_minutes(stages)
     by_id = {s.id: s for s in stages}
@@ -46,18 +46,17 @@ def play(stages: Sequence[Stage], gpus: int, *, preempted: Preemptions | None = 
     for stage in stages:
         for earlier in stage.after:
             followers[earlier].append(stage.id)
-    ready = [(-rank[s.id], s.id) for s in stages if not s.after]
-    heapq.heapify(ready)
+    ready: list[tuple[float, str]] = []  # for a GPU
+    unbound: list[tuple[float, str]] = []  # that need none
+    for stage in stages:
+        if not stage.after:
+            heapq.heappush(ready if stage.gpus else unbound, (-rank[stage.id], stage.id))
     events: list[tuple[float, str, str]] = []  # when, which stage, what: "end", "lost" or "back"
     now, free, held, count = 0.0, gpus, 0.0, 0
-    while ready or events:
-        blocked = []
-        while ready:
-            item = heapq.heappop(ready)
-            stage = by_id[item[1]]
-            if stage.gpus > free:
-                blocked.append(item)
-                continue
+    while ready or unbound or events:
+        # the most urgent first; one that does not fit holds up those behind it, as Slurm does without backfill
+        while unbound or (ready and by_id[ready[0][1]].gpus <= free):
+            stage = by_id[heapq.heappop(unbound or ready)[1]]
             free -= stage.gpus
             setup = preempted.setup_minutes if preempted and stage.gpus else 0.0
             lasts = left[stage.id] + setup
@@ -70,8 +69,6 @@ def play(stages: Sequence[Stage], gpus: int, *, preempted: Preemptions | None = 
                 heapq.heappush(events, (now + until, stage.id, "lost"))
             else:
                 heapq.heappush(events, (now + lasts, stage.id, "end"))
-        for item in blocked:
-            heapq.heappush(ready, item)
         if not events:
             break
         now, name, what = heapq.heappop(events)
@@ -87,6 +84,6 @@ def play(stages: Sequence[Stage], gpus: int, *, preempted: Preemptions | None = 
         for follower in followers[name]:
             waits[follower] -= 1
             if waits[follower] == 0:
-                heapq.heappush(ready, (-rank[follower], follower))
+                heapq.heappush(ready if by_id[follower].gpus else unbound, (-rank[follower], follower))
     assert not ready, f"{gpus} GPUs are too few for {ready[0][1]}"
     return Forecast(now / 60, held / 60, count)

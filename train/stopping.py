@@ -17,6 +17,8 @@ _requested = threading.Event()
 class Stopped(UserError):
     """Training ended early as it was asked to; run again, it continues."""
 
+    status = 75  # scripts/slurm/lib.sh asks Slurm for another turn
+
 
 def listen() -> None:
     """From now on note the signal instead of dying of it; only a process's main thread can."""

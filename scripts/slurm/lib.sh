@@ -13,6 +13,7 @@ run_requeueable() {
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$?
+  [[ $code != 138 ]] || code=75 # died of USR1, which came before it could listen
   if [[ $code == 75 && -n ${SLURM_JOB_ID:-} ]]; then
     echo "asking to be requeued" >&2
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
