@@ -31,6 +31,7 @@ from train.claim import Lost, claimed
 
 DONE, FAILED, REQUEUE, ENDED = 0, 1, 75, 143
 _LOOK_SECONDS = 1.0
+_VISIBLE_SECONDS = 30.0  # until a file that another node wrote is seen here (attribute caches of NFS)
 
 
 class _Told(Exception):
@@ -115,9 +116,12 @@ class Element:
 
     def _refuse(self, stage: Stage) -> None:
         """UserError when the stage cannot start: a stage before it is not done, or an input is another by now."""
+        deadline = time.monotonic() + _VISIBLE_SECONDS
         for earlier in stage.after:
-            if not (self.run / "stages" / f"{earlier}.json").is_file():
-                raise UserError(f"it waits for {earlier}, which is not done")
+            while not (self.run / "stages" / f"{earlier}.json").is_file():
+                if time.monotonic() > deadline:
+                    raise UserError(f"it waits for {earlier}, which is not done")
+                time.sleep(_LOOK_SECONDS)
         for path in own_inputs([stage], self.run):
             mark, stat = self.marks.get(path), path.stat()
             same = mark is None or (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)

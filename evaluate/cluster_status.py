@@ -16,7 +16,7 @@ from pathlib import Path
 
 from candor.errors import UserError
 from evaluate.cluster_folder import read, read_state, submissions
-from evaluate.cluster_queue import NEVER, Queued, last_words, queue
+from evaluate.cluster_queue import Queued, last_words, queue
 
 DONE, RUNNING, WAITING, FAILED, BLOCKED = "done", "running", "waiting", "failed", "blocked"
 COLUMNS = (DONE, RUNNING, WAITING, FAILED, BLOCKED)
@@ -57,38 +57,39 @@ def places(run: Path) -> list[Place]:
     made = submissions(run)
     if not made:
         raise UserError(f"{run} was never submitted to Slurm: it holds no slurm/*/ids.json. Check the path.")
-    latest: dict[str, tuple[str, str]] = {}  # of a stage: its element and kind
-    for submission in made:
-        for stage, element in submission.stages().items():
-            latest[stage] = element, next(
-                job.partition("-")[0] for job, of in submission.elements.items() if any(stage in s for s in of.values())
-            )
     elements = queue(i for s in made for i in s.ids.values())
-    return [_place(run, stage, element, kind, elements) for stage, (element, kind) in latest.items()]
+    found: dict[str, Place] = {}  # a later submission's word counts
+    for submission in made:
+        for job, of in submission.elements.items():
+            for index, stages in of.items() if job in submission.ids else ():
+                element = f"{submission.ids[job]}_{index}"
+                log = submission.folder / "logs" / f"{job}-{index}.out"
+                for stage in stages:
+                    found[stage] = _place(run, stage, job.partition("-")[0], element, elements.get(element), log)
+    return list(found.values())
 
 
-def _place(run: Path, stage: str, element: str, kind: str, elements: Mapping[str, Queued]) -> Place:
+def _place(run: Path, stage: str, kind: str, element: str, queued: Queued | None, log: Path) -> Place:
     """Where one stage stands."""
     if (run / "stages" / f"{stage}.json").is_file():
         return Place(stage, kind, DONE, element)
-    queued, state = elements.get(element), read_state(run, stage)
+    state = read_state(run, stage)
     if state is not None and state.job != element:
         state = None  # of an earlier submission
     if queued is not None and queued.alive:
         if queued.state in ("RUNNING", "COMPLETING"):
             begun = state is not None and state.status == RUNNING
-            doing = f"on {queued.node} for {queued.minutes}" + ("" if begun else ", behind a stage of the same job")
+            doing = f"on {queued.node} for {queued.minutes}" + ("" if begun else ", not begun yet")
             return Place(stage, kind, RUNNING, element, doing)
         again = f" (stopped before: {state.why})" if state is not None and state.why else ""
         return Place(stage, kind, WAITING, element, _REASONS.get(queued.reason, queued.reason) + again)
     if state is not None and state.status == "failed":
-        return Place(stage, kind, FAILED, element, state.why, state.log)
-    ended = last_words(element)
-    if state is None and ended in ("", "CANCELLED", "PENDING", "COMPLETED") or (queued and queued.reason == NEVER):
-        return Place(stage, kind, BLOCKED, element, "a stage before it failed, or it was cancelled")
-    where = f" on {state.node}" if state else ""
-    why = f"ended{where} without a word" + (f"; Slurm says {ended}" if ended else "")
-    return Place(stage, kind, FAILED, element, why)
+        return Place(stage, kind, FAILED, element, state.why, state.log or str(log))
+    if state is None and not log.exists():
+        return Place(stage, kind, BLOCKED, element)  # it never ran: a stage before it failed, or it was cancelled
+    said = last_words(element)
+    why = f"ended{f' on {state.node}' if state else ''} without a word{f'; Slurm says {said}' if said else ''}"
+    return Place(stage, kind, FAILED, element, why, str(log))
 
 
 def lines(run: Path, found: Sequence[Place]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """How a submitted study fares: one table, what failed and why, and the command that mends it.
 
-    python scripts/slurm/status.py RUN        # the experiment's output folder
+python scripts/slurm/status.py RUN        # the experiment's output folder
 """
 
 from candor.errors import run_script

@@ -86,10 +86,15 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """As a crash would: the daemon and every job on the node, with nothing said to the controller."""
-        slurmd = self.processes.pop(node)
-        for pid in [*_steps_of(self.folder, node), slurmd.pid]:
+        self.kill_daemon(node)
+        for pid in _jobs_on(self.folder, node):
             with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_daemon(self, node: str) -> None:
+        """The node is gone for the controller, but its jobs live on."""
+        slurmd = self.processes.pop(node)
+        os.killpg(slurmd.pid, signal.SIGKILL)
         slurmd.wait()
 
     def run(self, *command: str, check: bool = True) -> str:
@@ -154,20 +159,21 @@ def _free_ports(n: int) -> list[int]:
     raise AssertionError("no free ports")
 
 
-def _steps_of(folder: Path, node: str) -> list[int]:
-    """Process groups of the jobs on one node, and the daemons that watch them."""
+def _jobs_on(folder: Path, node: str) -> list[int]:
+    """The processes of the jobs on one node, the daemons that watch over them first."""
     import psutil
 
-    found = []
+    jobs, watchers = [], []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             environment = process.environ()
-            if environment.get("SLURM_CONF") == str(folder / "slurm.conf"):
-                words = process.cmdline()
-                if environment.get("SLURMD_NODENAME") == node or (words[:1] == [f"slurmstepd: [{node}"]):
-                    found.append(os.getpgid(process.pid))
-    own = os.getpgid(0)
-    return [pid for pid in dict.fromkeys(found) if pid != own]
+            ours = environment.get("SLURM_CONF") == str(folder / "slurm.conf")
+            if ours and environment.get("SLURMD_NODENAME") == node:
+                jobs.append(process.pid)
+                parent = process.parent()
+                if parent is not None and parent.name().startswith("slurmstepd"):
+                    watchers.append(parent.pid)
+    return [*watchers, *jobs]
 
 
 def missing() -> str | None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import yaml
 from candor.config import build
 from candor.errors import UserError
 from evaluate.cluster_folder import read_state, submissions
-from evaluate.cluster_profile import Profile
+from evaluate.cluster_profile import Options, Profile
 from evaluate.cluster_status import places
 from evaluate.cluster_submit import submit
 from evaluate.crew import Machine
@@ -28,7 +28,6 @@ from evaluate.stages import Stage
 
 pytestmark = pytest.mark.full
 
-KINDS = {"data": "train.data", "train": "train.sft", "sample": "serve.sample", "judge": "evaluate.judge"}
 PATIENCE = float(os.environ.get("CANDOR_PATIENCE", "150"))  # seconds; more on a busy machine
 
 
@@ -85,7 +84,7 @@ class Study:
 class Submitted:
     """A plan that was sent to the cluster."""
 
-    def __init__(self, slurm, folder: Path, stages, **profile) -> None:
+    def __init__(self, slurm, folder: Path, stages, *, dry_run=False, **profile) -> None:
         self.slurm, self.run, self.stages = slurm, folder, stages
         values = {
             "python": sys.executable,
@@ -98,7 +97,7 @@ class Submitted:
         }
         self.profile = build(Profile, values, where="test")
         self.lines: list[str] = []
-        self.submit()
+        self.submit(dry_run=dry_run)
 
     def submit(self, **how) -> dict[str, str]:
         from evaluate import cluster_checks
@@ -183,3 +182,114 @@ def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_
     assert set(sent.status().values()) == {"done"}, sent.told()
     assert sent.files() == local_files(tmp_path, **slow)
     assert len(sent.starts("train-b-one")) == 3
+
+
+def test_a_job_over_its_limit_saves_itself_and_goes_on(slurm, tmp_path):
+    """Slurm sends the signal up to a minute early, so each turn of a one-minute job is short."""
+    slow = {"train_a_one": {"count": 100, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow), minutes_at_least=1, signal_seconds=20, requeues=50)
+    sent.finish()
+    assert len(sent.starts("train-a-one")) > 1
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert sent.files() == local_files(tmp_path, **slow)
+
+
+def test_a_drained_node_gets_no_more_work(slurm, tmp_path):
+    slow = {"train_a_one": {"count": 20, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow))
+    node = sent.until_started("train-a-one")
+    slurm.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+    slurm.run("scontrol", "requeue", sent.element("train-a-one"))
+    sent.finish()
+    assert len(sent.starts("train-a-one")) == 2 and sent.starts("train-a-one")[-1] != node
+    assert node not in sent.starts("train-a-two") + sent.starts("sample-a-one")
+    assert sent.files() == local_files(tmp_path, **slow)
+
+
+def test_a_node_that_lost_only_its_daemon_does_not_make_a_stage_twice(slurm, tmp_path):
+    """The job lives on unseen, Slurm starts it again elsewhere, and that one waits for the claim."""
+    slow = {"train_a_one": {"count": 60, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow))
+    node = sent.until_started("train-a-one")
+    slurm.kill_daemon(node)
+    sent.finish()
+    assert sent.starts("train-a-one") == [node]
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert "waiting for it to end" in sent.told()
+
+
+def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(run)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        slow = {"train_a_one": {"count": 10, "pause": 0.5, "bytes": 400_000}}
+        sent = Submitted(slurm, run, plan(run, **slow))
+        sent.until_started("train-a-one")
+        with suppress(OSError), (run / "filler").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        sent.finish()
+        found = sent.status()
+        assert "failed" in found.values() and found["report"] == "blocked"
+        (run / "filler").unlink()
+        sent.submit(again=True)
+        sent.finish()
+        assert set(sent.status().values()) == {"done"}, sent.told()
+        assert sent.files() == local_files(tmp_path, **slow)
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+
+
+def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
+    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rate: 1\n")
+    first = stage(run, "data-x")
+    stages = [first, stage(run, "train-a", "data-x"), stage(run, "report", "train-a")]
+    stages[1] = replace(stages[1], inputs=(*stages[1].inputs, recipe))
+    sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
+    recipe.write_text("rate: 2\n")
+    slurm.run("scontrol", "release", *submissions(run)[0].ids.values())
+    sent.finish()
+    state = read_state(run, "train-a")
+    assert state is not None and "recipe.yaml changed since the study was submitted" in state.why
+    with pytest.raises(UserError, match="train-a failed"):
+        sent.submit()
+    recipe.write_text("rate: 1\n")
+    sent.profile = replace(sent.profile, all=Options())
+    sent.submit(again=True)
+    sent.finish()
+    assert set(sent.status().values()) == {"done"}, sent.told()
+
+
+def test_a_dry_run_prints_every_call_and_sends_none(slurm, tmp_path, capsys):
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run), dry_run=True)
+    calls = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch")]
+    assert len(calls) == 6 and "--dependency=aftercorr:'<train-1>'" in calls[2].replace("'--", "--")
+    assert not slurm.queue() and not run.exists()
+    assert any("GPU-hours" in line for line in sent.lines)
+
+
+def test_five_thousand_elements_are_submitted_in_half_a_minute(slurm, tmp_path):
+    run = tmp_path / "run"
+    stages = [stage(run, "data-x")]
+    for i in range(1250):
+        stages += [stage(run, f"train-{i}", "data-x"), stage(run, f"sample-{i}", f"train-{i}")]
+        stages += [stage(run, f"judge-{i}", f"sample-{i}"), stage(run, f"judge-two-{i}", f"sample-{i}")]
+    started = time.monotonic()
+    sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
+    seconds = time.monotonic() - started
+    assert len(slurm.queue()) == 5001
+    assert len(submissions(run)[0].ids) == 9  # MaxArraySize is 1001, so each array of 1,250 is two
+    assert seconds < 30, f"{seconds:.1f} s"
+    started = time.monotonic()
+    assert set(sent.status().values()) == {"waiting"}
+    assert time.monotonic() - started < 30
