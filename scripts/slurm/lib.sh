@@ -24,12 +24,16 @@ run_requeueable() {
 # A copy of the code at its commit, so that edits made while jobs wait in the queue change nothing.
 # An editable install points at the original whatever the folder, so the copy must come first on PYTHONPATH.
 freeze_code() {
-  local copy=$1/code
-  if [[ ! -e $copy/COMMIT ]]; then
+  local copy partial
+  copy=$(realpath -m "$1")/code
+  if [[ ! -e $copy ]]; then
     [[ -z $(git status --porcelain --untracked-files=no) ]] || fail "there are uncommitted changes; commit them first"
-    mkdir -p "$copy"
-    git archive HEAD candor train serve evaluate scripts/slurm ':!train/organism/weights' | tar -x -C "$copy"
-    git rev-parse HEAD >"$copy/COMMIT"
+    partial=$copy.${SLURM_JOB_ID:-0}.$$
+    mkdir -p "$partial"
+    git archive HEAD candor train serve evaluate scripts/slurm ':!train/organism/weights' | tar -x -C "$partial"
+    git rev-parse HEAD >"$partial/COMMIT"
+    mv -T "$partial" "$copy" 2>/dev/null || rm -rf "$partial" # another job of the run was first
   fi
+  # safe path: python -m would put the current folder, the original, before the copy
   export PYTHONPATH=$copy PYTHONSAFEPATH=1
 }

@@ -1,6 +1,8 @@
 """How a submitted study fares: one table, what failed and why, and the command that mends it.
 
 python scripts/slurm/status.py RUN        # the experiment's output folder
+
+docs/slurm.md shows one.
 """
 
 from candor.errors import run_script
