@@ -60,7 +60,7 @@ def play(stages: Sequence[Stage], gpus: int, *, preempted: Preemptions | None = 
             free -= stage.gpus
             setup = preempted.setup_minutes if preempted and stage.gpus else 0.0
             lasts = left[stage.id] + setup
-            until = generator.expovariate(1 / preempted.mean_minutes) if preempted and stage.gpus else math.inf
+            until = generator.expovariate(1.0) * preempted.mean_minutes if preempted and stage.gpus else math.inf
             held += stage.gpus * min(lasts, until)
             if until < lasts and preempted:
                 done = max(0.0, until - setup)

@@ -43,7 +43,8 @@ def call(words: Sequence[str]) -> str:
         raise UserError(f"there is no {words[0]} here. Run this on a login node of the cluster.")
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{' '.join(words[:6])}{' ...' if len(words) > 6 else ''}: {done.stderr.strip()}")
+        told = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise UserError(f"{' '.join(words[:6])}{' ...' if len(words) > 6 else ''}: {told[-1]}.")
     return done.stdout
 
 
