@@ -75,7 +75,7 @@ def estimate(
         jobs=len(jobs),
         elements=n,
         stages=len(wanted),
-        gpu_hours=sum(s.minutes * s.gpus for s in timed) / 60,
+        gpu_hours=_gpu_hours(jobs, profile, {s.id: s.minutes for s in timed}),
         hours={depth: play(slots, depth).hours for depth in DEPTHS},
         measured=bool(hours_of),
         disk_gb=disk,
@@ -131,6 +131,15 @@ def probe(run: Path, profile: Profile, stages: Sequence[Stage]) -> str | None:
 
 def _place(options: Options) -> dict[str, str | None]:
     return {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint")}
+
+
+def _gpu_hours(jobs: Sequence[Job], profile: Profile, minutes: dict[str, float]) -> float:
+    """Of what the jobs hold, which a profile may set apart from the plan."""
+    held = 0.0
+    for job in jobs:
+        gpus = job.needs.gpus * (profile.options(job.kind).nodes or 1)
+        held += gpus * sum(minutes[s.id] for of in job.elements.values() for s in of)
+    return held / 60
 
 
 def _longest(job: Job, hours: dict[str, float]) -> float:
