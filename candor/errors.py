@@ -14,6 +14,8 @@ from typing import NoReturn
 class UserError(ValueError):
     """Something in a file, a path or a command line is wrong and a person can mend it."""
 
+    status = 2  # that a script ends with
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint that names the known word closest to ``word``, or the known words when none is close."""
@@ -36,7 +38,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        sys.exit(error.status)
     except OSError as error:
         message = told(error)
         if message is None:

@@ -19,6 +19,7 @@ from candor.hashing import sha256_json
 from candor.tables import replace_file
 
 NAME = "manifest.json"
+COMMIT = "COMMIT"  # in a copy of the code, the commit it was made from
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "numpy", "scipy", "pandas", "pyarrow")
 
 
@@ -26,6 +27,8 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers"
 def commit() -> str:
     """The commit of the code that runs, with '+changes' when the tree differs; 'unknown' outside git."""
     root = Path(__file__).resolve().parent.parent
+    if (root / COMMIT).is_file():  # a copy of the code: the repository around it, if any, is another
+        return (root / COMMIT).read_text(encoding="utf-8").strip()
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         status = subprocess.run(

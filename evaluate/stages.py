@@ -9,7 +9,7 @@ makes "already done" a matter of comparing a few file dates, without importing t
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,12 @@ def critical_minutes(stages: Sequence[Stage]) -> dict[str, float]:
     return longest
 
 
+def own_inputs(stages: Iterable[Stage], run: Path) -> list[Path]:
+    """The files that stages read and that no stage of the run makes."""
+    paths = dict.fromkeys(p for s in stages for p in s.inputs if run not in (p, *p.parents))
+    return list(dict.fromkeys(_files(paths)))
+
+
 def config_path(run: Path, stage: Stage) -> Path:
     """Where a stage's config file lies."""
     return run / "stages" / f"{stage.id}.yaml"
@@ -120,10 +126,10 @@ class Changed(UserError):
 class Records:
     """What is known about finished stages: RUN/stages/ID.json, one per stage."""
 
-    def __init__(self, run: Path) -> None:
-        """Records of the run folder ``run``; nothing is read yet."""
+    def __init__(self, run: Path, known: Mapping[Path, FileMark] | None = None) -> None:
+        """Records of the run folder ``run``; nothing is read yet. Files ``known`` are not hashed again."""
         self.run = run
-        self._marks: dict[Path, FileMark] = {}  # files hashed by this process
+        self._marks: dict[Path, FileMark] = dict(known or {})  # files hashed by this process
         self._begun: dict[str, dict[str, Any]] = {}  # inputs of stages that run, as they were at the start
 
     def path(self, stage: Stage) -> Path:
@@ -167,7 +173,7 @@ class Records:
             if name in marks:
                 old, stat = FileMark(*marks[name]), path.stat()
                 same = (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-                if not same and (old.size != stat.st_size or old.sha != self._mark(path).sha):
+                if not same and (old.size != stat.st_size or old.sha != self.mark(path).sha):
                     changed.append(name)
                 elif same:
                     self._marks.setdefault(path, old)
@@ -185,7 +191,7 @@ class Records:
 
     def _input_marks(self, stage: Stage) -> dict[str, Any]:
         """Size, date and hash of every input file."""
-        return {self._portable(p.as_posix()): dataclasses.astuple(self._mark(p)) for p in _files(stage.inputs)}
+        return {self._portable(p.as_posix()): dataclasses.astuple(self.mark(p)) for p in _files(stage.inputs)}
 
     def write(self, stage: Stage, seconds: float) -> None:
         """Record that the stage finished; UserError when it did not write what it promised."""
@@ -213,7 +219,7 @@ class Records:
             return "RUN" + value[len(run) :]
         return value
 
-    def _mark(self, path: Path) -> FileMark:
+    def mark(self, path: Path) -> FileMark:
         """Size, date and hash of a file; hashed once per state of the file."""
         stat = path.stat()
         mark = self._marks.get(path)

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from candor.chat import TEMPLATE_OPTIONS
 from candor.errors import UserError
+from candor.nearby import nearby
 from serve.identity import ADAPTER_WEIGHTS, read_adapter_config
 from train.lineage import loading
 
@@ -66,7 +67,7 @@ def load_plain(base: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A base model as it is, on the CPU."""
     disable_progress_bar()  # else every load writes a bar to stderr, terminal or not
     with loading("base model", base):
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True).eval()
+        return AutoModelForCausalLM.from_pretrained(nearby(base), dtype=dtype, local_files_only=True).eval()
 
 
 def load_model(base: Path, adapter: Path | None, tokenizer: Any, *, device: str, dtype: str) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from candor.errors import UserError
+from candor.nearby import nearby
 from train import chain, lineage
 from train.config import SFT_RESERVED, TrainConfig, check_section
 from train.launch import processes
@@ -122,7 +123,7 @@ def base_model(config: TrainConfig, origin: Origin, made: SFTConfig) -> Any:
     if config.quantize:
         more = {"quantization_config": _four_bits(made, dtype), "device_map": {"": made.device}}
     with lineage.loading("base model", origin.base):
-        return AutoModelForCausalLM.from_pretrained(origin.base, dtype=dtype, **more)
+        return AutoModelForCausalLM.from_pretrained(nearby(origin.base), dtype=dtype, **more)
 
 
 def _four_bits(made: SFTConfig, dtype: torch.dtype) -> Any:

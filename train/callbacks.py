@@ -19,6 +19,7 @@ from candor.errors import UserError
 from train.chain import EARLIER
 from train.config import ProbeConfig
 from train.probe import Probe
+from train.stopping import Stopped, requested
 from train.unfinished import KEPT, discard, mark_whole, truncate_log
 
 LOG, PROBES = "train_log.jsonl", "probes.jsonl"
@@ -141,7 +142,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if self.keep_every and (step % self.keep_every == 0 or step == state.max_steps):
             self.write(self.folder / KEPT / f"step-{step:06d}", step)
-        if step % self.resume_every == 0 and step < state.max_steps:
+        if (step % self.resume_every == 0 or requested()) and step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -152,6 +153,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             remove_frozen(folder)
             mark_whole(folder)
         self.trainer.accelerator.wait_for_everyone()
+        if requested():
+            raise Stopped(f"told to stop (SIGUSR1) after step {state.global_step}; run again, it continues from there")
 
 
 def remove_frozen(state: Path) -> None:

@@ -21,6 +21,10 @@ _POLL_SECONDS = 1.0
 Check = Callable[[], None]
 
 
+class Lost(UserError):
+    """The claim is another process's by now, so this one must not write any further."""
+
+
 def claim_path(output_dir: Path) -> Path:
     """The file that says who makes ``output_dir``."""
     return output_dir.parent / f".{output_dir.name}.claim"
@@ -28,7 +32,7 @@ def claim_path(output_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def claimed(output_dir: Path, *, wait: bool) -> Iterator[Check]:
-    """Hold the claim on ``output_dir``; gives a function that raises UserError once the claim is lost.
+    """Hold the claim on ``output_dir``; gives a function that raises Lost once the claim is lost.
 
     While another process holds it: wait for that one to end, or raise UserError that names it.
     """
@@ -38,7 +42,7 @@ def claimed(output_dir: Path, *, wait: bool) -> Iterator[Check]:
 
     def check() -> None:
         if lease.compromise is not None:
-            raise UserError(
+            raise Lost(
                 f"{output_dir}: this process lost its claim ({lease.compromise.reason}), because it gave no sign of "
                 f"life for {LEASE_SECONDS:.0f} seconds; another one may be training the stage. Run it again."
             )

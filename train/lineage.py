@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_files, sha256_json
 from candor.manifest import read_manifest
+from candor.nearby import nearby
 from train.config import HARMLESS_STAGES, TrainConfig
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -64,7 +65,8 @@ def base_sha(folder: Path) -> str:
             f"{folder} holds a base model and an adapter ({ADAPTER_CONFIG}), which would be loaded on top of it. Move "
             "the adapter's files to a folder of their own."
         )
-    stats = [(f, f.stat()) for f in files]
+    near = nearby(folder)  # the bytes that are loaded are the ones that are hashed
+    stats = [(f, f.stat()) for f in (near / path.name for path in files)]
     return sha256_json([(f.name, _sha_of(f, s.st_size, s.st_mtime_ns)) for f, s in stats])
 
 

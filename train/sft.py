@@ -22,7 +22,7 @@ from pathlib import Path
 from candor.config import load
 from candor.errors import UserError, run_script
 from candor.manifest import is_done
-from train import launch, lineage, unfinished
+from train import launch, lineage, stopping, unfinished
 from train.claim import Check, claimed
 from train.config import TrainConfig
 from train.lineage import Origin
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     if _done(config, origin):
         return
     launch.check()
+    if launch.processes() == 1:
+        stopping.listen()
     if not launch.is_first():
         _train(config, origin, started, check=lambda: None)
         return

@@ -1,0 +1,186 @@
+"""What a submission will take, and why it must not be made: said before anything is in the queue."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from candor.config import load
+from candor.errors import UserError
+from evaluate.cluster_forecast import play
+from evaluate.cluster_jobs import Job
+from evaluate.cluster_profile import Options, Profile
+from evaluate.cluster_queue import call
+from evaluate.experiment_config import Experiment
+from evaluate.hardware import Hardware
+from evaluate.judge_config import read_judge
+from evaluate.modes import complete
+from evaluate.questions import gather
+from evaluate.stages import Stage, own_inputs
+
+DEPTHS = (1, 4, 8, 16, 64)  # jobs of a study that run together, of which nobody knows before
+_REPLY_TOKENS = 300  # where the experiment sets no limit
+_RUBRIC_TOKENS = 400  # of a judge's template around a question and its reply
+_BYTES_PER_TOKEN = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is about to be submitted, in numbers."""
+
+    jobs: int
+    elements: int
+    stages: int
+    gpu_hours: float
+    hours: dict[int, float]  # from first to last, by how many jobs run together
+    measured: bool  # hours come from the profile's hardware, not from what the plan assumes
+    disk_gb: float | None
+    dollars: float | None  # of judges behind endpoints, at most; None: they state no price
+    problems: tuple[str, ...]
+
+
+def estimate(
+    experiment: Experiment, profile: Profile, stages: Sequence[Stage], jobs: Sequence[Job], *, max_jobs: int
+) -> Estimate:
+    """Everything that can be said without a node."""
+    wanted = [s for job in jobs for of in job.elements.values() for s in of]
+    problems: list[str] = []
+    disk, hours_of = None, {}
+    if profile.hardware is not None:
+        from evaluate.preflight import examine  # counts parameters on the real architecture: imports torch
+
+        findings = examine(experiment, load(Hardware, profile.hardware))
+        problems += findings.problems
+        problems += [f"something is not here yet: {command}" for command in findings.to_fetch]
+        disk = findings.disk_gb
+        hours_of = {name: h for name, h in findings.hours.items() if h is not None}
+    timed = [replace(s, minutes=60 * hours_of[s.id]) if s.id in hours_of else s for s in wanted]
+    known = {s.id for s in timed}
+    timed = [replace(s, after=tuple(a for a in s.after if a in known)) for s in timed]
+    slots = [replace(s, gpus=1) for s in timed]  # a job is a job, whatever it holds
+    n = sum(len(job.elements) for job in jobs)
+    if n > max_jobs:
+        problems.append(
+            f"{n} array elements, but {max_jobs} may be in the queue. Submit fewer seeds or controls at once."
+        )
+    for job in jobs:
+        if hours_of and (longest := _longest(job, hours_of)) * 60 > job.needs.minutes:
+            problems.append(
+                f"{job.name}: {longest:.1f} hours are needed at least, {job.needs.minutes} minutes would be asked for. "
+                f"Set kinds.{job.kind}.minutes in the profile (or needs in the experiment)."
+            )
+        if job.needs.minutes * 60 <= profile.signal_seconds:
+            problems.append(f"{job.name}: signal_seconds leaves nothing of its {job.needs.minutes} minutes.")
+    return Estimate(
+        jobs=len(jobs),
+        elements=n,
+        stages=len(wanted),
+        gpu_hours=_gpu_hours(jobs, profile, {s.id: s.minutes for s in timed}),
+        hours={depth: play(slots, depth).hours for depth in DEPTHS},
+        measured=bool(hours_of),
+        disk_gb=disk,
+        dollars=_dollars(experiment, wanted),
+        problems=tuple(dict.fromkeys((*problems, *_paths(experiment.output, wanted)))),
+    )
+
+
+def lines(found: Estimate, profile: Profile) -> Iterator[str]:
+    """The estimate for people."""
+    yield f"{found.stages} stages in {found.elements} array elements, {found.jobs} calls of sbatch"
+    where = f"by {profile.hardware}: floors" if found.measured else "by the plan's rough minutes"
+    yield f"GPU-hours: {found.gpu_hours:,.1f} ({where})"
+    told = ", ".join(f"{hours:.1f} h with {depth}" for depth, hours in found.hours.items())
+    yield f"from first to last job: {told} running at once"
+    yield "disk: " + (
+        "not estimated (the profile names no hardware)" if found.disk_gb is None else f"{found.disk_gb:,.1f} GB"
+    )
+    cost = "unknown: a judge's endpoint states no price" if found.dollars is None else f"at most ${found.dollars:,.2f}"
+    yield f"judges behind endpoints: {cost}"
+
+
+_PROBE = """
+cd "$1" || exit 0
+: >"$2/.probe-$$" && rm "$2/.probe-$$" && echo asked
+shift 2
+for file; do test -r "$file" || echo "lost $file"; done
+"""
+
+
+def probe(run: Path, profile: Profile, stages: Sequence[Stage]) -> str | None:
+    """Why a node cannot work with the run folder; None when it can, UserError when no node was free to ask."""
+    options = profile.options("prepare")
+    files = own_inputs(stages, run)[:200]
+    place = [f"--{k}={v}" for k, v in _place(options).items() if v]
+    words = [
+        "srun",
+        f"--immediate={profile.probe_seconds}",
+        "--time=2",
+        "--ntasks=1",
+        "--job-name=candor-probe",
+        *place,
+    ]
+    words += ["bash", "-c", _PROBE, "probe", os.getcwd(), str(run), *map(str, files)]
+    told = call(words)
+    if "asked" not in told.split():
+        return f"a node cannot write into {run.absolute()}. Choose an output on a file system that all nodes share."
+    lost = [line.removeprefix("lost ") for line in told.splitlines() if line.startswith("lost ")]
+    return (
+        f"a node cannot read {', '.join(lost[:3])}. Put the study's inputs where all nodes see them." if lost else None
+    )
+
+
+def _place(options: Options) -> dict[str, str | None]:
+    return {name: getattr(options, name) for name in ("partition", "account", "qos", "constraint")}
+
+
+def _gpu_hours(jobs: Sequence[Job], profile: Profile, minutes: dict[str, float]) -> float:
+    """Of what the jobs hold, which a profile may set apart from the plan."""
+    held = 0.0
+    for job in jobs:
+        gpus = job.needs.gpus * (profile.options(job.kind).nodes or 1)
+        held += gpus * sum(minutes[s.id] for of in job.elements.values() for s in of)
+    return held / 60
+
+
+def _longest(job: Job, hours: dict[str, float]) -> float:
+    return max(sum(hours.get(s.id, 0.0) for s in of) for of in job.elements.values())
+
+
+def _paths(run: Path, stages: Sequence[Stage]) -> Iterator[str]:
+    """What is wrong with the run folder and the inputs, as seen from here."""
+    place = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        yield f"{place} cannot be written to. Choose another output."
+    for path in own_inputs(stages, run):
+        if not path.exists():
+            yield f"{path} is not there (looked from {Path.cwd()})."
+
+
+def _dollars(experiment: Experiment, stages: Sequence[Stage]) -> float | None:
+    """What the judges' endpoints will charge, at most: every reply as long as it may be, none of them alike."""
+    prompts = gather(experiment.sources)
+    modes = [complete(mode, prompts, max_tokens=experiment.max_tokens) for mode in experiment.read_modes()]
+    total = 0.0
+    for stage in stages:
+        if stage.module != "evaluate.judge" or "samples" not in stage.config:
+            continue
+        judge = read_judge(Path(stage.config["judge"]))
+        if judge.in_process:
+            continue
+        if judge.price is None:
+            return None
+        batteries = stage.config.get("batteries", ("harmfulness",))
+        share = (stage.config.get("subsample") or {}).get("share", 1.0)
+        for prompt in prompts:
+            if prompt.battery in batteries:
+                n = max(mode.draws(prompt) for mode in modes) * share
+                asked = len(prompt.text.encode()) / _BYTES_PER_TOKEN + _RUBRIC_TOKENS
+                total += n * judge.price.of(asked + (experiment.max_tokens or _REPLY_TOKENS), judge.max_tokens)
+    return total
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """UserError with every reason at once."""
+    if problems:
+        told = "\n".join(f"  - {problem}" for problem in problems[:20])
+        raise UserError(f"nothing was submitted, for {len(problems)} reasons:\n{told}")

@@ -1,0 +1,88 @@
+"""What Slurm says: the queue, the limits of the cluster, and the answer to sbatch. The one place that calls it."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from candor.errors import UserError
+
+NEVER = "DependencyNeverSatisfied"
+_ENDED = (
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """One array element in the queue."""
+
+    state: str  # PENDING, RUNNING, COMPLETING, ...
+    reason: str  # why it waits
+    node: str
+    minutes: str  # how long it has run, as Slurm writes it
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs or will run."""
+        return self.state not in _ENDED and self.reason != NEVER
+
+
+def call(words: Sequence[str]) -> str:
+    """What a command of Slurm's printed; UserError with what it complained about."""
+    if shutil.which(words[0]) is None:
+        raise UserError(f"there is no {words[0]} here. Run this on a login node of the cluster.")
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise UserError(f"{' '.join(words[:6])}{' ...' if len(words) > 6 else ''}: {told[-1]}.")
+    return done.stdout
+
+
+def queue(ids: Iterable[str]) -> dict[str, Queued]:
+    """Elements of these arrays that are in the queue, by 12_3."""
+    wanted = set(ids)
+    if not wanted:
+        return {}
+    found = {}
+    # all of the user's, since squeue refuses a list with a job it has forgotten
+    for line in call(["squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%M"]).splitlines():
+        job, index, state, reason, node, minutes = line.split("|")
+        if job in wanted:
+            found[f"{job}_{index}"] = Queued(state, reason, node, minutes)
+    return found
+
+
+def limits() -> tuple[int, int]:
+    """MaxArraySize and MaxJobCount of the cluster."""
+    text = call(["scontrol", "show", "config"])
+    found = dict(re.findall(r"^(MaxArraySize|MaxJobCount)\s*=\s*(\d+)", text, flags=re.MULTILINE))
+    return int(found.get("MaxArraySize", 1001)), int(found.get("MaxJobCount", 10000))
+
+
+def last_words(element: str) -> str:
+    """How Slurm says an element ended, while it remembers; empty when it does not."""
+    try:
+        text = call(["scontrol", "show", "job", element])
+    except UserError:
+        return _accounted(element)
+    state = re.search(r"JobState=(\S+)", text)
+    return state[1] if state else ""
+
+
+def _accounted(element: str) -> str:
+    """The same from the accounting, where a cluster keeps one."""
+    try:
+        lines = call(["sacct", "-n", "-X", "-P", "-j", element, "-o", "State"]).split("\n")
+    except UserError:
+        return ""
+    return lines[0].strip()

@@ -1,0 +1,249 @@
+"""Submits a study to Slurm: estimate, refusals, a frozen copy of the code, then one sbatch call per array.
+
+See scripts/slurm/submit.py. Submitting again is always safe: what is done or in the queue is left
+alone; what failed goes in again with ``--resubmit-failed``, and with it all that waited for it.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from candor.config import load
+from candor.errors import UserError
+from candor.manifest import COMMIT, commit
+from evaluate import cluster_checks as checks
+from evaluate.cluster_folder import (
+    FOLDER,
+    State,
+    new_folder,
+    read_marks,
+    read_state,
+    submissions,
+    write,
+    write_jobs,
+    write_marks,
+)
+from evaluate.cluster_jobs import Job, make_jobs, sbatch_words
+from evaluate.cluster_profile import Profile, read_profile
+from evaluate.cluster_queue import NEVER, call, limits, queue
+from evaluate.crew import Machine, locked
+from evaluate.executor import Executor
+from evaluate.experiment_config import Experiment
+from evaluate.plan import build_plan
+from evaluate.stages import FileMark, Records, Stage, own_inputs
+
+USAGE = (
+    "usage: python scripts/slurm/submit.py EXPERIMENT.yaml --profile NAME [--dry-run] [--resubmit-failed] "
+    "[key=value ...]"
+)
+_ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
+_HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+Say = Callable[[str], None]
+
+
+def main(argv: list[str]) -> None:
+    """Submit the study a command line names."""
+    words, name, flags = _parse(argv)
+    experiment, profile = load(Experiment, Path(words[0]), words[1:]), read_profile(name)
+    submit(experiment, profile, _say, words=argv, dry_run="--dry-run" in flags, again="--resubmit-failed" in flags)
+
+
+def submit(
+    experiment: Experiment,
+    profile: Profile,
+    say: Say,
+    *,
+    words: Sequence[str],
+    dry_run: bool = False,
+    again: bool = False,
+    stages: Sequence[Stage] | None = None,
+) -> dict[str, str]:
+    """Submit what is neither done nor in the queue; Slurm's number of each array."""
+    run = experiment.output
+    stages = build_plan(experiment) if stages is None else stages
+    done = Executor(stages, run, Machine(1, 1.0), say).find_done()
+    max_array, max_jobs = _limits(profile, say, dry_run)
+    with contextlib.nullcontext() if dry_run else locked(run):
+        queued, stuck = _in_queue(run, done)
+        failed = {} if again else _failed(run, stages, done, queued)
+        jobs = make_jobs(stages, done=done, queued=queued, profile=profile, max_array=max_array)
+        say(f"{experiment.name}: {len(stages)} stages, {len(done)} done, {len(queued)} in the queue already")
+        if not jobs:
+            say("there is nothing to submit")
+            return {}
+        found = checks.estimate(experiment, profile, stages, jobs, max_jobs=max_jobs)
+        for line in checks.lines(found, profile):
+            say(line)
+        if dry_run:
+            for job in jobs:
+                sys.stdout.write(
+                    shlex.join(sbatch_words(job, profile, run=experiment.name, folder=f"{run}/{FOLDER}/NEW")) + "\n"
+                )
+        checks.refuse((*found.problems, *(f"{name} failed: {state.why}" for name, state in failed.items())))
+        if dry_run:
+            return {}
+        _probe(run, profile, stages, say)
+        if stuck:
+            call(["scancel", *stuck])
+        return _send(experiment, profile, stages, jobs, words, say)
+
+
+def _send(
+    experiment: Experiment,
+    profile: Profile,
+    stages: Sequence[Stage],
+    jobs: Sequence[Job],
+    words: Sequence[str],
+    say: Say,
+) -> dict[str, str]:
+    """Write what the jobs read, then call sbatch for one after another."""
+    run = experiment.output
+    folder = new_folder(run)
+    _freeze(folder / "code")
+    large = _mark(folder, run, stages)
+    write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | {"large": large})
+    (folder / "element.sh").write_text(script(folder.absolute(), profile))
+    write_jobs(folder, jobs)
+    ids: dict[str, str] = {}
+    for job in jobs:
+        told = call(sbatch_words(job, profile, run=experiment.name, folder=str(folder.absolute()), ids=ids))
+        ids[job.name] = told.strip().partition(";")[0]
+        write(folder / "ids.json", ids)
+    say(f"submitted {sum(len(job.elements) for job in jobs)} elements in {len(jobs)} arrays; {folder}")
+    say(f"to see how it goes: python scripts/slurm/status.py {run}")
+    return ids
+
+
+def script(folder: Path, profile: Profile) -> str:
+    """The script that every element runs."""
+    online = [kind for kind in ("prepare", "train", "sample", "judge", "report") if profile.options(kind).internet]
+    offline = [f"  export {name}=1" for name in _OFFLINE] if profile.offline else []
+    lines = [
+        "#!/bin/bash",
+        "# Written by scripts/slurm/submit.py; runs one element: element.sh ARRAY (index from Slurm).",
+        f"source {shlex.quote(str(folder / 'code' / 'scripts' / 'slurm' / 'lib.sh'))} || exit 1",
+        f"cd {shlex.quote(os.getcwd())} || exit 1",
+        # safe path: python -m would put this folder, the original, before the copy
+        f"export PYTHONPATH={shlex.quote(str(folder / 'code'))} PYTHONSAFEPATH=1",
+        *(f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()),
+        *([f"if [[ ! ${{1%%-*}} =~ ^({'|'.join(online) or 'none'})$ ]]; then", *offline, "fi"] if offline else []),
+        *([f'export CANDOR_LOCAL_DISK="{profile.local_disk}"'] if profile.local_disk else []),
+        *profile.setup,
+        f"export CANDOR_PYTHON={shlex.quote(profile.python)}",
+        f"run_requeueable {profile.container} {profile.python} -m evaluate.cluster_element "
+        f'{shlex.quote(str(folder))} "$1" "$SLURM_ARRAY_TASK_ID"',
+        "exit $?",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _about(
+    folder: Path, experiment: Experiment, profile: Profile, jobs: Sequence[Job], words: Sequence[str]
+) -> dict[str, object]:
+    """What elements must know beside their stages."""
+    options = profile.options("train")
+    launcher = None
+    if options.accelerate is not None:
+        nodes = options.nodes or 1
+        launcher = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        launcher += ["bash", f"{folder.absolute()}/code/scripts/slurm/launch.sh", str(options.accelerate)]
+    return {
+        "run": str(experiment.output),
+        "command": list(words),
+        "requeues": profile.requeues,
+        "signal_seconds": profile.signal_seconds,
+        "cores": {job.name: job.needs.cores for job in jobs},
+        "launcher": launcher,
+    }
+
+
+def _freeze(copy: Path) -> None:
+    """The code of this moment, in a folder that the jobs put first on their path."""
+    root = Path(__file__).resolve().parent.parent
+    for room in _ROOMS:
+        shutil.copytree(root / room, copy / room, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    (copy / COMMIT).write_text(commit() + "\n")
+
+
+def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> list[str]:
+    """Note how the inputs are now; the ones too large to be hashed here, unless an earlier submission has."""
+    known: dict[Path, FileMark] = {}
+    for earlier in submissions(run):
+        known |= read_marks(earlier.folder)
+    records = Records(run, known)
+    files = own_inputs(stages, run)
+    small = [path for path in files if path in known or path.stat().st_size <= _HASH_NOW]
+    write_marks(folder, {path: records.mark(path) for path in small})
+    return sorted(str(path) for path in set(files) - set(small))
+
+
+def _in_queue(run: Path, done: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Stages that an earlier submission's elements will still make, and elements that will never start."""
+    earlier = submissions(run)
+    elements = queue(i for s in earlier for i in s.ids.values())
+    queued: dict[str, str] = {}
+    for submission in earlier:
+        for stage, element in submission.stages().items():
+            if stage not in done and element in elements and elements[element].alive:
+                queued[stage] = element
+    return queued, [name for name, of in elements.items() if of.reason == NEVER]
+
+
+def _failed(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str, str]) -> dict[str, State]:
+    """Stages that an earlier job left, which only ``--resubmit-failed`` takes up again."""
+    states = {s.id: read_state(run, s.id) for s in stages if s.id not in done and s.id not in queued}
+    return {name: state for name, state in states.items() if state is not None and state.status == "failed"}
+
+
+def _probe(run: Path, profile: Profile, stages: Sequence[Stage], say: Say) -> None:
+    """Let a node look at the run folder and the inputs."""
+    if not profile.probe_seconds:
+        return
+    try:
+        problem = checks.probe(run, profile, stages)
+    except UserError as error:
+        say(f"no node was free to look at {run} ({error}); the first job will find out")
+        return
+    checks.refuse([problem] if problem else [])
+    say(f"a node can write into {run} and read the inputs")
+
+
+def _limits(profile: Profile, say: Say, dry_run: bool) -> tuple[int, int]:
+    """How long an array and how many elements may be; assumed where there is no Slurm and nothing is submitted."""
+    try:
+        array, jobs = limits()
+    except UserError as error:
+        if not dry_run:
+            raise
+        say(f"{error} Arrays of 1001 are assumed.")
+        array, jobs = 1001, 10000
+    return profile.max_array or array, profile.max_jobs or jobs
+
+
+def _parse(argv: Sequence[str]) -> tuple[list[str], str, set[str]]:
+    """The experiment with its changes, the profile, and the flags."""
+    words = list(argv)
+    flags: set[str] = set()
+    if "--profile" not in words or words.index("--profile") + 1 >= len(words):
+        raise UserError(f"a cluster needs a profile. {USAGE}")
+    place = words.index("--profile")
+    name = words[place + 1]
+    del words[place : place + 2]
+    for flag in ("--dry-run", "--resubmit-failed"):
+        if flag in words:
+            words.remove(flag)
+            flags.add(flag)
+    if not words or any(word.startswith("-") for word in words):
+        raise UserError(USAGE)
+    return words, name, flags
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,39 @@
+# What every job of Candor does on its node; sourced by element.sh and by the *.sbatch files.
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# Runs a command that may ask to be requeued (status 75) and hands it the signals Slurm sends:
+# USR1 before the time limit (--signal=B:USR1@...), TERM at a preemption, a requeue or a scancel.
+# A shell that waits in the foreground would keep them to itself until the command ends.
+run_requeueable() {
+  "$@" &
+  local child=$! code
+  trap 'kill -USR1 "$child" 2>/dev/null' USR1
+  trap 'kill -TERM "$child" 2>/dev/null' TERM
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+  wait "$child"
+  code=$?
+  [[ $code != 138 ]] || code=75 # died of USR1, which came before it could listen
+  if [[ $code == 75 && -n ${SLURM_JOB_ID:-} ]]; then
+    echo "asking to be requeued" >&2
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
+  fi
+  return "$code"
+}
+
+# A copy of the code at its commit, so that edits made while jobs wait in the queue change nothing.
+# An editable install points at the original whatever the folder, so the copy must come first on PYTHONPATH.
+freeze_code() {
+  local copy partial
+  copy=$(realpath -m "$1")/code
+  if [[ ! -e $copy ]]; then
+    [[ -z $(git status --porcelain --untracked-files=no) ]] || fail "there are uncommitted changes; commit them first"
+    partial=$copy.${SLURM_JOB_ID:-0}.$$
+    mkdir -p "$partial"
+    git archive HEAD candor train serve evaluate scripts/slurm ':!train/organism/weights' | tar -x -C "$partial"
+    git rev-parse HEAD >"$partial/COMMIT"
+    mv -T "$partial" "$copy" 2>/dev/null || rm -rf "$partial" # another job of the run was first
+  fi
+  # safe path: python -m would put the current folder, the original, before the copy
+  export PYTHONPATH=$copy PYTHONSAFEPATH=1
+}

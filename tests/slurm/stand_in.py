@@ -1,0 +1,32 @@
+"""A stage of seconds instead of hours, with the manners of a real one, so that faults can be tried quickly.
+
+It counts to ``count`` with a pause at each number, adding up what it reads, keeps a state to continue
+from only when it is told to stop (as training does between two states), and writes its output whole.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from candor.config import read_yaml
+from candor.tables import replace_file
+from train import stopping
+
+
+def main(argv: list[str]) -> None:
+    stopping.listen()
+    config = read_yaml(Path(argv[0]))
+    output = Path(config["output"])
+    state, starts = output.with_suffix(".state"), output.with_suffix(".starts")
+    with starts.open("a") as file:
+        file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.getpid()}\n")
+    number = json.loads(state.read_text()) if state.exists() else 0
+    while number < config["count"]:
+        time.sleep(config["pause"])
+        number += 1
+        if stopping.requested():
+            replace_file(state, str(number).encode())
+            raise stopping.Stopped(f"told to stop at {number}")
+    value = number + sum(json.loads(Path(path).read_text())["value"] for path in config["reads"])
+    replace_file(output, json.dumps({"value": value, "padding": "x" * config.get("bytes", 0)}).encode())

@@ -1,0 +1,294 @@
+"""A plan on a real Slurm, undisturbed and through every fault a cluster has; it always ends with the same files.
+
+The stages are stand-ins of seconds (tests/slurm/stand_in.py); all around them is what a study runs:
+submit, sbatch, the element runner, claims, records, status. The real study is test_study.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from candor.config import build
+from candor.errors import UserError
+from evaluate.cluster_folder import read_state, submissions
+from evaluate.cluster_profile import Options, Profile
+from evaluate.cluster_status import places
+from evaluate.cluster_submit import submit
+from evaluate.crew import Machine
+from evaluate.executor import Executor
+from evaluate.stages import Stage
+
+pytestmark = pytest.mark.full
+
+PATIENCE = float(os.environ.get("CANDOR_PATIENCE", "150"))  # seconds; more on a busy machine
+
+
+def stage(run: Path, name: str, *after: str, count=1, pause=0.1, **more) -> Stage:
+    config = {"output": str(run / f"{name}.json"), "reads": [str(run / f"{a}.json") for a in after]}
+    return Stage(
+        id=name,
+        module="stand_in",
+        config={**config, "count": count, "pause": pause, **more},
+        inputs=(*(run / f"{a}.json" for a in after), *([Path("pyproject.toml")] if not after else [])),
+        outputs=(run / f"{name}.json",),
+        after=after,
+        memory_gb=0.1,
+        minutes=1,
+    )
+
+
+def plan(run: Path, **slow) -> list[Stage]:
+    """Data, two chains of training, their samples and verdicts, a report; ``slow`` lengthens stages by name."""
+
+    def made(name, *after):
+        return stage(run, name, *after, **slow.get(name.replace("-", "_"), {}))
+
+    return [
+        made("data-x"),
+        made("train-a-one", "data-x"),
+        made("sample-a-one", "train-a-one"),
+        made("train-a-two", "train-a-one"),
+        made("sample-a-two", "train-a-two"),
+        made("train-b-one", "data-x"),
+        made("sample-b-one", "train-b-one"),
+        made("report", "sample-a-one", "sample-a-two", "sample-b-one"),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """The kind of a stand-in is the first word of its name, and it is found by workers of both executors."""
+    from evaluate import cluster_jobs
+
+    kinds = {"data": "prepare", "train": "train", "sample": "sample", "judge": "judge"}
+    monkeypatch.setattr(cluster_jobs, "kind_of", lambda s: kinds.get(s.id.partition("-")[0], "report"))
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", os.getcwd())]))
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    output: Path
+    device: str = "cpu"
+
+
+class Submitted:
+    """A plan that was sent to the cluster."""
+
+    def __init__(self, slurm, folder: Path, stages, *, dry_run=False, **profile) -> None:
+        self.slurm, self.run, self.stages = slurm, folder, stages
+        values = {
+            "python": sys.executable,
+            "setup": [f"export PYTHONPATH=$PYTHONPATH:{Path(__file__).parent}"],
+            "signal_seconds": 30,
+            "minutes_at_least": 10,
+            "margin": 1.0,
+            "probe_seconds": 0,
+            **profile,
+        }
+        self.profile = build(Profile, values, where="test")
+        self.lines: list[str] = []
+        self.submit(dry_run=dry_run)
+
+    def submit(self, **how) -> dict[str, str]:
+        from evaluate import cluster_checks
+
+        # stand-ins have no prompts and no judges whose cost could be told
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster_checks, "_dollars", lambda experiment, stages: 0.0)
+            study = Study("faults", self.run)
+            words = ["study.yaml", "--profile", "virtual"]
+            return submit(study, self.profile, self.lines.append, words=words, stages=self.stages, **how)
+
+    def element(self, name: str) -> str:
+        return submissions(self.run)[-1].stages()[name]
+
+    def starts(self, name: str) -> list[str]:
+        path = self.run / f"{name}.starts"
+        return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until_started(self, name: str, times: int = 1) -> str:
+        """Wait until the stage itself runs; the node it runs on."""
+        self.until(lambda: len(self.starts(name)) >= times, f"{name} to start")
+        return self.starts(name)[-1]
+
+    def until(self, condition, what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, f"waited for {what}\n{self.told()}"
+            time.sleep(0.3)
+
+    def finish(self) -> None:
+        self.until(lambda: not self.slurm.queue(), "the queue to empty")
+
+    def status(self) -> dict[str, str]:
+        return {place.stage: place.status for place in places(self.run)}
+
+    def told(self) -> str:
+        logs = sorted(self.run.glob("slurm/*/logs/*.out"))
+        return "\n".join([str(self.slurm.queue()), *(f"{p.name}: {p.read_text()}" for p in logs)])
+
+    def files(self) -> dict[str, object]:
+        return {p.name: json.loads(p.read_text()) for p in self.run.glob("*.json")}
+
+    def same_as_local(self, tmp_path: Path) -> bool:
+        assert set(self.status().values()) == {"done"}, self.told()
+        return self.files() == local_files(tmp_path)
+
+
+def local_files(tmp_path: Path, **slow) -> dict[str, object]:
+    """What the local executor ends with."""
+    run = tmp_path / "local"
+    Executor(plan(run, **slow), run, Machine(workers=2, memory_gb=8.0), lambda line: None).execute()
+    return {p.name: json.loads(p.read_text()) for p in run.glob("*.json")}
+
+
+def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
+    sent = Submitted(slurm, tmp_path / "run", plan(tmp_path / "run"))
+    assert len(submissions(sent.run)[0].ids) == 6
+    sent.finish()
+    assert sent.same_as_local(tmp_path)
+    assert all(len(sent.starts(s.id)) == 1 for s in sent.stages)
+    assert sent.submit() == {} and "nothing to submit" in sent.lines[-1]
+    code = sent.run / "slurm" / "0001" / "code"
+    record = json.loads((sent.run / "stages" / "report.json").read_text())
+    assert record["commit"] == (code / "COMMIT").read_text().strip() != "unknown"
+
+
+def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_path):
+    """Two array jobs run at once; one is told that its time is over, the other is requeued and loses its node."""
+    slow = {"train_a_one": {"count": 20, "pause": 0.5}, "train_b_one": {"count": 20, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow))
+    sent.until_started("train-a-one")
+    sent.until_started("train-b-one")
+    slurm.run("scancel", "--signal=USR1", "--batch", sent.element("train-a-one"))
+    slurm.run("scontrol", "requeue", sent.element("train-b-one"))
+    sent.until_started("train-a-one", times=2)
+    node = sent.until_started("train-b-one", times=2)
+    assert int((run / "train-a-one.state").read_text()) > 0  # it went on from there
+    slurm.kill_node(node)
+    sent.until_started("train-b-one", times=3)
+    sent.finish()
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert sent.files() == local_files(tmp_path, **slow)
+    assert len(sent.starts("train-b-one")) == 3
+
+
+def test_a_job_over_its_limit_saves_itself_and_goes_on(slurm, tmp_path):
+    """Slurm sends the signal up to a minute early, so each turn of a one-minute job is short."""
+    slow = {"train_a_one": {"count": 100, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow), minutes_at_least=1, signal_seconds=20, requeues=50)
+    sent.finish()
+    assert len(sent.starts("train-a-one")) > 1
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert sent.files() == local_files(tmp_path, **slow)
+
+
+def test_a_drained_node_gets_no_more_work(slurm, tmp_path):
+    slow = {"train_a_one": {"count": 20, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow))
+    node = sent.until_started("train-a-one")
+    slurm.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+    slurm.run("scontrol", "requeue", sent.element("train-a-one"))
+    sent.finish()
+    assert len(sent.starts("train-a-one")) == 2 and sent.starts("train-a-one")[-1] != node
+    assert node not in sent.starts("train-a-two") + sent.starts("sample-a-one")
+    assert sent.files() == local_files(tmp_path, **slow)
+
+
+def test_a_node_that_lost_only_its_daemon_does_not_make_a_stage_twice(slurm, tmp_path):
+    """The job lives on unseen, Slurm starts it again elsewhere, and that one waits for the claim."""
+    slow = {"train_a_one": {"count": 60, "pause": 0.5}}
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run, **slow))
+    node = sent.until_started("train-a-one")
+    slurm.kill_daemon(node)
+    sent.finish()
+    assert sent.starts("train-a-one") == [node]
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert "waiting for it to end" in sent.told()
+
+
+def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(run)], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        slow = {"train_a_one": {"count": 10, "pause": 0.5, "bytes": 400_000}}
+        sent = Submitted(slurm, run, plan(run, **slow))
+        sent.until_started("train-a-one")
+        with suppress(OSError), (run / "filler").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        sent.finish()
+        found = sent.status()
+        assert "failed" in found.values() and found["report"] == "blocked"
+        (run / "filler").unlink()
+        sent.submit(again=True)
+        sent.finish()
+        assert set(sent.status().values()) == {"done"}, sent.told()
+        assert sent.files() == local_files(tmp_path, **slow)
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+
+
+def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
+    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rate: 1\n")
+    first = stage(run, "data-x")
+    stages = [first, stage(run, "train-a", "data-x"), stage(run, "report", "train-a")]
+    stages[1] = replace(stages[1], inputs=(*stages[1].inputs, recipe))
+    sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
+    recipe.write_text("rate: 2\n")
+    slurm.run("scontrol", "release", *submissions(run)[0].ids.values())
+    sent.finish()
+    state = read_state(run, "train-a")
+    assert state is not None and "recipe.yaml changed since the study was submitted" in state.why
+    with pytest.raises(UserError, match="train-a failed"):
+        sent.submit()
+    recipe.write_text("rate: 1\n")
+    sent.profile = replace(sent.profile, all=Options())
+    sent.submit(again=True)
+    sent.finish()
+    assert set(sent.status().values()) == {"done"}, sent.told()
+
+
+def test_a_dry_run_prints_every_call_and_sends_none(slurm, tmp_path, capsys):
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run), dry_run=True)
+    calls = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch")]
+    assert len(calls) == 6 and "--dependency=aftercorr:'<train-1>'" in calls[2].replace("'--", "--")
+    assert not slurm.queue() and not run.exists()
+    assert any("GPU-hours" in line for line in sent.lines)
+
+
+def test_five_thousand_elements_are_submitted_in_half_a_minute(slurm, tmp_path):
+    run = tmp_path / "run"
+    stages = [stage(run, "data-x")]
+    for i in range(1250):
+        stages += [stage(run, f"train-{i}", "data-x"), stage(run, f"sample-{i}", f"train-{i}")]
+        stages += [stage(run, f"judge-{i}", f"sample-{i}"), stage(run, f"judge-two-{i}", f"sample-{i}")]
+    started = time.monotonic()
+    sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
+    seconds = time.monotonic() - started
+    assert len(slurm.queue()) == 5001
+    assert len(submissions(run)[0].ids) == 9  # MaxArraySize is 1001, so each array of 1,250 is two
+    assert seconds < 30, f"{seconds:.1f} s"
+    started = time.monotonic()
+    assert set(sent.status().values()) == {"waiting"}
+    assert time.monotonic() - started < 30
