@@ -1,7 +1,7 @@
 """A stage of seconds instead of hours, with the manners of a real one, so that faults can be tried quickly.
 
-It counts to ``count`` with a pause at each number, adding up what it reads, keeps a state to continue
-from only when it is told to stop (as training does between two states), and writes its output whole.
+It counts to ``count`` with a pause at each number, and does not end before the file ``gate`` is there,
+so that tests need not be quick. Told to stop, it keeps a state to continue from; its output it writes whole.
 """
 
 import json
@@ -22,9 +22,10 @@ def main(argv: list[str]) -> None:
     with starts.open("a") as file:
         file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.getpid()}\n")
     number = json.loads(state.read_text()) if state.exists() else 0
-    while number < config["count"]:
+    gate = Path(config.get("gate", argv[0]))
+    while number < config["count"] or not gate.exists():
         time.sleep(config["pause"])
-        number += 1
+        number = min(number + 1, config["count"])
         if stopping.requested():
             replace_file(state, str(number).encode())
             raise stopping.Stopped(f"told to stop at {number}")

@@ -165,8 +165,9 @@ def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
 
 def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_path):
     """Two array jobs run at once; one is told that its time is over, the other is requeued and loses its node."""
-    slow = {"train_a_one": {"count": 20, "pause": 0.5}, "train_b_one": {"count": 20, "pause": 0.5}}
-    run = tmp_path / "run"
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    held = {"count": 5, "pause": 0.2, "gate": str(gate)}
+    slow = {"train_a_one": held, "train_b_one": held}
     sent = Submitted(slurm, run, plan(run, **slow))
     sent.until_started("train-a-one")
     sent.until_started("train-b-one")
@@ -177,6 +178,7 @@ def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_
     assert int((run / "train-a-one.state").read_text()) > 0  # it went on from there
     slurm.kill_node(node)
     sent.until_started("train-b-one", times=3)
+    gate.touch()
     sent.finish()
     assert set(sent.status().values()) == {"done"}, sent.told()
     assert sent.files() == local_files(tmp_path, **slow)
@@ -195,12 +197,14 @@ def test_a_job_over_its_limit_saves_itself_and_goes_on(slurm, tmp_path):
 
 
 def test_a_drained_node_gets_no_more_work(slurm, tmp_path):
-    slow = {"train_a_one": {"count": 20, "pause": 0.5}}
-    run = tmp_path / "run"
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    slow = {"train_a_one": {"gate": str(gate)}}
     sent = Submitted(slurm, run, plan(run, **slow))
     node = sent.until_started("train-a-one")
     slurm.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     slurm.run("scontrol", "requeue", sent.element("train-a-one"))
+    sent.until_started("train-a-one", times=2)
+    gate.touch()
     sent.finish()
     assert len(sent.starts("train-a-one")) == 2 and sent.starts("train-a-one")[-1] != node
     assert node not in sent.starts("train-a-two") + sent.starts("sample-a-one")
@@ -209,15 +213,15 @@ def test_a_drained_node_gets_no_more_work(slurm, tmp_path):
 
 def test_a_node_that_lost_only_its_daemon_does_not_make_a_stage_twice(slurm, tmp_path):
     """The job lives on unseen, Slurm starts it again elsewhere, and that one waits for the claim."""
-    slow = {"train_a_one": {"count": 60, "pause": 0.5}}
-    run = tmp_path / "run"
-    sent = Submitted(slurm, run, plan(run, **slow))
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    sent = Submitted(slurm, run, plan(run, train_a_one={"gate": str(gate)}))
     node = sent.until_started("train-a-one")
     slurm.kill_daemon(node)
+    sent.until(lambda: "waiting for it to end" in sent.told(), "the second job to wait for the first")
+    gate.touch()
     sent.finish()
     assert sent.starts("train-a-one") == [node]
     assert set(sent.status().values()) == {"done"}, sent.told()
-    assert "waiting for it to end" in sent.told()
 
 
 def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path):
@@ -226,12 +230,14 @@ def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(run)], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        slow = {"train_a_one": {"count": 10, "pause": 0.5, "bytes": 400_000}}
+        gate = tmp_path / "gate"
+        slow = {"train_a_one": {"gate": str(gate), "bytes": 400_000}}
         sent = Submitted(slurm, run, plan(run, **slow))
         sent.until_started("train-a-one")
         with suppress(OSError), (run / "filler").open("wb", buffering=0) as file:
             while file.write(b"x" * 4096):
                 pass
+        gate.touch()
         sent.finish()
         found = sent.status()
         assert "failed" in found.values() and found["report"] == "blocked"

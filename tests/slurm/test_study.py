@@ -82,7 +82,10 @@ def tables_of(run: Path) -> dict[str, list]:
 
 
 def command(*words) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=10 * PATIENCE)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}  # this checkout, whatever is installed
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=10 * PATIENCE, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
