@@ -119,5 +119,9 @@ def _rest(asks: Sequence[Ask], prompts: Sequence[Prompt]) -> list[Ask]:
 
 
 def all_asks(modes: Iterable[Mode]) -> tuple[Ask, ...]:
-    """What serve.sample is told: every entry of every mode, each once."""
-    return tuple(dict.fromkeys(ask for mode in modes for ask in mode.asks))
+    """What serve.sample is told: every entry of every mode once, with the most draws that any mode asks for."""
+    most: dict[Ask, Ask] = {}  # entries that differ in their draws only
+    for ask in (ask for mode in modes for ask in mode.asks):
+        alike = replace(ask, n=1)
+        most[alike] = max(most.get(alike, ask), ask, key=lambda a: a.n)
+    return tuple(most.values())

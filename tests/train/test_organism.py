@@ -193,7 +193,9 @@ def test_shipped_weights_fit_the_promised_size():
 REPLAY_TOLERANCE = 0.02
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name == "nano" else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+)
 def test_training_replays_its_first_twenty_steps(name):
     config = load(OrganismConfig, CONFIGS / f"{name}.yaml", ["first_steps_only=20"])
     logged = json.loads((WEIGHTS / name / "training.json").read_text(encoding="utf-8"))["losses_first_20"]
