@@ -10,7 +10,7 @@ Paths too improbable to matter are dropped and their probability is reported as 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,25 @@ class _Path:
     def prompt(self) -> int:
         """Row of the group."""
         return self.branch.prompt
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Decides between paths of equal probability."""
+        return (*self.branch.ancestors, self.branch.token)
+
+
+class _Reachable(Protocol):
+    """What pruning needs to know of a path."""
+
+    @property
+    def prompt(self) -> int: ...
+    @property
+    def probability(self) -> float: ...
+    @property
+    def rank(self) -> tuple[int, ...]: ...
+
+
+Reached = TypeVar("Reached", bound=_Reachable)
 
 
 class Tally:
@@ -92,9 +111,9 @@ class Tally:
             for prompt, amount in zip(prompts, amounts, strict=True):
                 self.settled[prompt][spelling] += amount
 
-    def drop_least(self, paths: list[_Path]) -> list[_Path]:
+    def drop_least(self, paths: list[Reached]) -> list[Reached]:
         """The paths of a level without the least probable ones that the prompts can spare, prompt by prompt."""
-        order = sorted(paths, key=lambda p: (p.prompt, p.probability, p.branch.ancestors, p.branch.token))
+        order = sorted(paths, key=lambda p: (p.prompt, p.probability, p.rank))
         kept = []
         for path in order:
             if self.unexplored[path.prompt] + path.probability <= self._pruning.total:

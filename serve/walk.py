@@ -16,14 +16,17 @@ from serve.scoring import Pruning, Tally
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A path of tokens after a prompt; field names as serve.scoring's, whose pruning it shares."""
+    """A path of tokens after a prompt, pruned as serve.scoring prunes its own."""
 
     prompt: int
     tokens: tuple[int, ...]
     prefix: bytes  # what the tokens spell
     probability: float
-    token: int = -1
-    parent: int = -1
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """Decides between steps of equal probability."""
+        return self.tokens
 
 
 def values_of(node: Node, shares: Floats) -> Floats:
@@ -39,13 +42,13 @@ def walk(tries: Sequence[OptionTrie], ask: Callable[[Sequence[Step]], list[Float
     level = [Step(i, (), b"", 1.0) for i in range(len(tries))]
     while level:
         children: list[Step] = []
-        for place, (step, values) in enumerate(zip(level, ask(level), strict=True)):
-            children += _settle(tally, step, place, values, pruning)
-        level = tally.drop_least(children)  # type: ignore[arg-type, assignment]
+        for step, values in zip(level, ask(level), strict=True):
+            children += _settle(tally, step, values, pruning)
+        level = tally.drop_least(children)
     return tally
 
 
-def _settle(tally: Tally, step: Step, place: int, values: Floats, pruning: Pruning) -> list[Step]:
+def _settle(tally: Tally, step: Step, values: Floats, pruning: Pruning) -> list[Step]:
     """Count what the next token settles after a step; the steps it leads to."""
     node = tally.tries[step.prompt].node(step.prefix)
     spellings = [s for s, _ in (*node.settled_by_mask, *node.settled_by_ids)]
@@ -56,9 +59,6 @@ def _settle(tally: Tally, step: Step, place: int, values: Floats, pruning: Pruni
     kept = reach >= np.where(node.child_unfinished, pruning.unfinished, pruning.path)
     tally.unexplored[step.prompt] += reach[~kept].sum()
     return [
-        Step(
-            step.prompt, (*step.tokens, int(node.child_ids[j])), node.child_prefixes[j], float(reach[j]),
-            int(node.child_ids[j]), place,
-        )
+        Step(step.prompt, (*step.tokens, int(node.child_ids[j])), node.child_prefixes[j], float(reach[j]))
         for j in np.flatnonzero(kept)
-    ]  # fmt: skip
+    ]

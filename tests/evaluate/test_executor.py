@@ -202,7 +202,10 @@ except KeyboardInterrupt:
 
 def start(house: Path, sleep: float) -> subprocess.Popen:
     code = SCRIPT.format(tests=str(Path(__file__).parent), house=str(house), sleep=sleep)
-    return subprocess.Popen([sys.executable, "-c", code])
+    # a shell that starts the tests in the background leaves SIGINT ignored, which a child would inherit
+    return subprocess.Popen(
+        [sys.executable, "-c", code], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
 
 
 def wait_for(house: Path, word: str, name: str) -> int:

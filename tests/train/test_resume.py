@@ -49,6 +49,15 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    """A forked child waits forever for the threads of a pool that its parent had started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def start_child(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid:
