@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then
   if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     echo "installing slurm-wlm and munge for the tests of Slurm" >&2
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null \
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } \
+      </dev/null >/dev/null \
       || echo "Slurm could not be installed; its tests will be skipped" >&2
   else
     echo "no Slurm found; its tests will be skipped. On Debian, as root: apt-get install slurm-wlm munge" >&2
