@@ -8,7 +8,6 @@ plain torch version, which is the one that has been run everywhere.
 
 import csv
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +48,6 @@ def choose(op: str, *, device: torch.device, rows: int, width: int = 0, backend:
 def device_name(device: torch.device) -> str:
     """How the table calls a device: "cpu" for every CPU, else the card's name."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def triton_runs(device: torch.device) -> bool:
-    """Whether Triton kernels can run on tensors of this device: on a GPU, or anywhere in the interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret) or device.type == "cuda"
 
 
 @functools.cache
