@@ -89,7 +89,7 @@ class Server:
 
     def __init__(self, script: Script) -> None:
         self.script, self.seen = script, Seen()
-        self._now = 0
+        self._open: set[asyncio.StreamReader] = set()  # of requests being answered
         self._times: deque[tuple[float, float]] = deque()
         self._files: dict[str, bytes] = {}
         self._batches: dict[str, dict[str, Any]] = {}
@@ -115,26 +115,29 @@ class Server:
                 path = re.sub(r"^http://[^/]+", "", path)  # as a proxy is asked
                 headers = {k.lower(): v.strip() for k, v in (x.split(":", 1) for x in lines if ":" in x)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                self._now += 1
-                self.seen.most_at_once = max(self.seen.most_at_once, self._now)
+                if path != "/stats":
+                    self._open.add(reader)
+                    self.seen.most_at_once = max(self.seen.most_at_once, self._at_once())
                 try:
                     if not await self._answer(writer, method, path, headers, body):
                         return
                 finally:
-                    self._now -= 1
+                    self._open.discard(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             writer.close()
+
+    def _at_once(self) -> int:
+        """Requests that somebody waits for: a client that hung up is not counted, though its answer is under way."""
+        return sum(not (reader.at_eof() or reader.exception()) for reader in self._open)
 
     async def _answer(
         self, writer: asyncio.StreamWriter, method: str, path: str, headers: dict[str, str], body: bytes
     ) -> bool:
         """Answer one request; False when the connection is to be dropped."""
         if path == "/stats":
-            self._now -= 1
             await _send(writer, 200, vars(self.seen))
-            self._now += 1
             return True
         if self.script.key and headers.get("authorization") != f"Bearer {self.script.key}":
             said = headers.get("authorization", "no key")
@@ -150,7 +153,7 @@ class Server:
         self.seen.calls += 1
         self.seen.tries[name] += 1
         over, limits = self._count(body)
-        if self.script.turn_away_above and self._now > self.script.turn_away_above:
+        if self.script.turn_away_above and self._at_once() > self.script.turn_away_above:
             self.seen.turned_away += 1
             await _send(writer, 429, {"error": {"message": "too many at once"}})
             return True
