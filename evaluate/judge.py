@@ -28,7 +28,7 @@ from candor.rows import Graded, Option, Prompt, Sample, Verdict
 from candor.tables import read_rows, read_table, write_rows
 from evaluate.golden import read_golden
 from evaluate.judge_ask import Ask, make_ask
-from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, JudgeConfig, JudgingConfig, Subsample, read_judge
+from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, WHICH, JudgeConfig, JudgingConfig, Subsample, read_judge
 from evaluate.judge_reading import Reading, read
 from evaluate.verdict_store import AnswerStore
 from serve.identity import text_sha, weights_sha
@@ -84,7 +84,7 @@ def judge_replies(config: JudgingConfig) -> None:
     inputs = _inputs(config, judge, template)
     asking = sha256_json(_asking(judge, config, inputs))
     identity = _identity(judge, config)
-    _undo(config, inputs, asking)
+    _undo(config, identity, inputs, asking)
     tables = [config.output_dir / VERDICTS, *([config.output_dir.parent / GOLDEN] if config.golden else [])]
     if is_done(config.output_dir, config=identity, inputs=inputs) and all(path.is_file() for path in tables):
         return
@@ -144,13 +144,22 @@ def _account(judge: JudgeConfig, verdicts: Sequence[Verdict], ledger: Ledger) ->
     }
 
 
-def _undo(config: JudgingConfig, inputs: dict[str, str], asking: str) -> None:
-    """Take back a finished run where that is safe: replies stayed unanswered, or only the reading changed."""
+def _undo(config: JudgingConfig, identity: dict[str, Any], inputs: dict[str, str], asking: str) -> None:
+    """Take back a finished run where that is safe: its answers are stored, and are read again.
+
+    So it is where replies stayed unanswered, where only the reading changed, and where the same
+    judge is to grade more replies, or others.
+    """
     record = read_manifest(config.output_dir)
-    if record is None:
+    if record is None or record.get("asking_sha") != asking:
         return
-    same = record.get("asking_sha") == asking and record.get("inputs") == inputs
-    if same and (config.reread or record.get("unanswered")):
+    before, now = (
+        [{k: v for k, v in values.items() if k not in (*WHICH, "samples", "prompts")} for values in pair]
+        for pair in ((record["config"], record["inputs"]), (identity, inputs))
+    )
+    grown = before == now and (record["config"], record["inputs"]) != (identity, inputs)
+    same = record["inputs"] == inputs and (config.reread or record.get("unanswered"))
+    if grown or same:
         (config.output_dir / MANIFEST).unlink()
 
 

@@ -12,6 +12,8 @@ from serve.endpoint import Endpoint, Price
 
 VERDICTS, GOLDEN = "verdicts.parquet", "golden.parquet"
 REPEAT = "~"  # NAME~2 is the judge NAME asked a second time
+WHICH = ("batteries", "formats", "subsample")  # keys of JudgingConfig that choose which replies are judged
+JUDGED = ("samples", "prompts", *WHICH, "budget")  # another value of these may ask for more verdicts, never for others
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 

@@ -19,7 +19,7 @@ from candor.rows import Prompt, Variant
 from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Needs, QualityJudge
-from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, JudgeConfig, read_judge
+from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
@@ -295,7 +295,8 @@ class _Builder:
         inputs = (subject.base, self.prompts, *(_adapter_files(adapter) if adapter else ()))
         folder = config["output_dir"]
         outputs = (folder, folder / "samples.parquet", folder / "distributions.parquet")
-        self.add(f"sample-{row.name}", "serve.sample", config, "sample", inputs=inputs, outputs=outputs)
+        more = {"inputs": inputs, "outputs": outputs, "grows": ("ask", "prompts")}
+        self.add(f"sample-{row.name}", "serve.sample", config, "sample", **more)
 
     def add_judging(self, subject: Subject) -> None:
         """Every judge's verdicts on one variant's replies; of a checkpoint the harmfulness judge's alone."""
@@ -318,7 +319,8 @@ class _Builder:
             inputs = (samples, self.prompts, *_judge_files(path, judge))
             outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
             stage_id = f"judge-{row.name}" if path == self.experiment.judge else f"judge-{judge.name}-{row.name}"
-            self.add(stage_id, "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+            more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
+            self.add(stage_id, "evaluate.judge", config, "judge", **more)
 
     def add_second_judging(self, subject: Subject) -> None:
         """Verdicts that the main judge's are held against, on a fixed part of one variant's replies."""
@@ -344,7 +346,8 @@ class _Builder:
             }
             inputs = (samples, self.prompts, *_judge_files(second.judge, judge))
             outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
-            self.add(f"judge-{name}-{row.name}", "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+            more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
+            self.add(f"judge-{name}-{row.name}", "evaluate.judge", config, "judge", **more)
 
     def _at_endpoint(self, judge: JudgeConfig) -> dict[str, Any]:
         """Judges that cost money share their answers between variants, and their budget."""

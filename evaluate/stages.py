@@ -39,6 +39,9 @@ class Stage:
     minutes: float = 1.0  # rough; orders the work (longest chain first) and asks Slurm for time
     share: bool = True  # may run in a worker that ran other stages, which saves importing libraries
     remake: bool = False  # cheap and derived: made anew, silently, when config or inputs changed
+    # Config keys whose value, or the file it names, may come to ask for more: the stage keeps the rows it has
+    # and adds what is missing (serve/sample.py, evaluate/judge.py), so it simply runs again.
+    grows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +154,20 @@ class Records:
         """Whether the stage finished with this config and these inputs and its outputs are there.
 
         Raises Changed, naming the stage and what changed, when the outputs are there but were made
-        from something else; stages marked ``remake`` count as not done then.
+        from something else. Stages marked ``remake`` count as not done then, and so does a stage of
+        which only what ``grows`` changed.
         """
         record = self.read(stage)
         if record is None or not all(_complete(path) for path in stage.outputs):
             return False
-        keys = changed_keys(record["config"], self._portable(stage.config))
-        files = [] if keys else self._changed_inputs(stage, record["inputs"])
-        if not keys and not files:
+        changed = changed_keys(record["config"], self._portable(stage.config))
+        keys = [key for key in changed if key.split(".")[0] not in stage.grows]
+        touched = [] if keys else self._changed_inputs(stage, record["inputs"])
+        grown = {self._portable(stage.config.get(key)) for key in stage.grows if isinstance(stage.config.get(key), str)}
+        files = [name for name in touched if name not in grown]
+        if not changed and not touched:
             return True
-        if stage.remake:
+        if stage.remake or (not keys and not files):
             return False
         what = f"config keys {', '.join(keys)}" if keys else f"inputs {', '.join(files[:3])}"
         raise Changed(f"{stage.id}: finished earlier with other {what} (output {stage.outputs[0]})")

@@ -7,6 +7,7 @@ A slice of the nano study (one size, one domain, few draws) goes through the sam
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,30 @@ def test_kills_and_reruns_end_with_the_tables_of_an_uninterrupted_run(finished, 
     assert kills >= 4
     finish(experiment)
     assert tables_of(run) == tables_of(whole)
+
+
+@pytest.mark.full
+def test_more_draws_only_add(finished, tmp_path):
+    """One more draw a prompt, in the run that is there: nothing is trained, drawn or judged again."""
+    _, whole, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    experiment = write_experiment(tmp_path, run)
+    changed = yaml.safe_load(experiment.read_text())
+    changed["asks"][0]["n"] = 3
+    experiment.write_text(yaml.safe_dump(changed))
+    output = finish(experiment)
+    assert "sample-nano-base ..." in output and "judge-nano-base ..." in output and "train-" not in output
+    before, after = tables_of(whole), tables_of(run)
+    for name, old in before.items():
+        if name.endswith(("samples.parquet", "verdicts.parquet")) and "golden" not in name:
+            known = {row.sample_id: row for row in after[name]}
+            assert all(known[row.sample_id] == row for row in old)
+            assert len(known) == len(after[name]) > len(old)
+        elif name.endswith("distributions.parquet"):
+            assert after[name] == old
+    manifest = json.loads((run / "variants/nano-base/answers/manifest.json").read_text())
+    assert manifest["rows_made_in_this_run"] == 324
 
 
 @pytest.mark.full

@@ -321,6 +321,27 @@ def test_cheap_stages_are_made_anew(house):
     assert outputs(house)["a"] == "new"
 
 
+def test_a_stage_that_grows_runs_again_and_any_other_change_is_refused(house):
+    (house / "list").write_text("one")
+
+    def growing(**config):
+        made = stage(house, "a", asks=str(house / "list"), **config)
+        return [replace(made, inputs=(house / "list", house / "journal.0"), grows=("asks", "n"))]
+
+    (house / "journal.0").write_text("")
+    run(house, growing(n=1))
+    assert run(house, growing(n=1)) == ["1 of 1 stages are done already"]
+    run(house, growing(n=2))
+    (house / "list").write_text("one, two")
+    run(house, growing(n=2))
+    assert [line[0] for line in journal(house)].count("begin") == 3
+    with pytest.raises(UserError, match="a: finished earlier with other config keys say"):
+        run(house, growing(n=3, say="new"))
+    (house / "journal.0").write_text("another file")
+    with pytest.raises(UserError, match=r"other inputs .*journal\.0 \("):
+        run(house, growing(n=2))
+
+
 def test_a_run_folder_may_be_moved(house):
     run(house, diamond(house))
     (house / "run").rename(house / "moved")

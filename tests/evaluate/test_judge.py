@@ -5,6 +5,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -242,6 +243,24 @@ def test_the_stage(study, model):
     assert (study / "again" / "verdicts.parquet").read_bytes() == table
     with pytest.raises(UserError, match=r"changed: engine"):
         main([str(study / "config.yaml"), "engine.unit_prompts=3"])
+
+
+def test_more_replies_are_judged_by_the_same_judge(study):
+    """More samples, or another choice of them, ask only what is new; another judge needs another folder."""
+    main([str(study / "config.yaml")])
+    answers = study / "verdicts" / "answers" / "answers.parquet"
+    before = read_rows(study / "verdicts" / "verdicts.parquet", Verdict)
+    samples = read_rows(study / "samples.parquet", Sample)
+    write_rows(study / "samples.parquet", Sample, [*samples, sample(100, "harm", "harm help harm")])
+    main([str(study / "config.yaml")])
+    after = read_rows(study / "verdicts" / "verdicts.parquet", Verdict)
+    assert after[:-1] == before and after[-1].sample_id == "s100"
+    assert pq.read_metadata(answers).num_rows == 7
+    main([str(study / "config.yaml"), "batteries=[harmfulness, intentions]"])
+    assert len(read_rows(study / "verdicts" / "verdicts.parquet", Verdict)) == len(after) + 1
+    with pytest.raises(UserError, match="changed: batteries, judge"):
+        (study / "judge.yaml").write_text((study / "judge.yaml").read_text() + "max_tokens: 3\n")
+        main([str(study / "config.yaml")])
 
 
 class FromText:
