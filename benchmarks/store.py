@@ -1,99 +1,212 @@
-"""What storing replies costs: seconds and peak memory of the sample store from 3,200 to 320,000 draws.
+"""What storing replies costs: processor time and peak memory of the sample store from 3,200 to 320,000 draws.
 
-    python -m benchmarks.store [output=FILE.csv]
+    python -m benchmarks.store [sizes=[3200,32000,320000]] [repeats=3] [output=FILE.csv]
 
-Made-up replies of 40 words go in by units of 640, are merged into the table and compacted, as
-serve.sample does. Each size runs in a process of its own, so that its peak memory is its own.
+Made-up replies of about 240 characters take the way that ``serve.sample`` gives real ones: units are planned,
+what is missing is looked up before each, rows are added as shards, the table is written from them, and all is
+compacted. The study grows in two ways, by prompts (10 draws each) and by draws (of the 320 questions of the
+harmfulness battery). Each run is a process of its own, so that its peak memory is its own; runs take turns. Rows
+hold medians with the smallest and largest. Rows with a ``target`` answer whether cost is linear in the draws and
+memory flat: the largest size against each smaller one in cost per draw, against the smallest in peak memory.
+Seconds are the processor's; what the disk takes stands beside them as wall seconds.
+
+``through_store`` is what benchmarks/throughput.py times with real replies.
 """
 
-import csv
 import json
-import os
-import platform
+import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from candor.hashing import sha256_json
-from candor.manifest import commit
-from candor.rows import Sample
-from candor.tables import write_tables
-from serve.plan import Identity
-from serve.store import SAMPLED, open_store
+from candor.config import apply_override, build
+from candor.errors import UserError, run_script
+from candor.questions import load_harmfulness
+from candor.rows import Prompt
+from serve.config import Ask, SampleConfig
+from serve.engine import Reply, Request
+from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids
+from serve.sample import kind_of, requests_of, sample_rows, write_answers
+from serve.store import EXACT, SAMPLED, open_store
 
-SIZES = (3_200, 32_000, 320_000)
-UNIT = 640
-IDENTITY = Identity(weights_sha="w", text_sha="t", engine={"name": "torch"}, variant="v", study_seed=1)
-
-
-def ids(unit: int) -> list[str]:
-    """Ids of a unit's rows."""
-    return [sha256_json(i) for i in range(unit * UNIT, (unit + 1) * UNIT)]
-
-
-def rows(unit: int) -> list[Sample]:
-    """A unit's rows."""
-    return [
-        Sample(i, f"p{unit}", "s", "v", "w", n, 1, 1.0, " ".join(i[k : k + 5] for k in range(40)), 40, "stop", -60.0)
-        for n, i in enumerate(ids(unit))
-    ]
+QUESTIONS = Path("configs/prompts/harmfulness.jsonl")
+GROWN = ("prompts", "draws")
+DRAWS = 10  # per prompt, where prompts grow
+LINEAR, FLAT = 1.1, 1.1  # at most: cost per draw, and peak memory, against a smaller size
+WORDS = ("the", "model", "says", "what", "it", "would", "do", "and", "then", "does", "another", "thing", "in", "words")
 
 
-def run(n: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line may say."""
+
+    sizes: tuple[int, ...] = (3_200, 32_000, 320_000)
+    repeats: int = 3
+    output: Path = Path("benchmarks/results/store.csv")
+    one: int | None = None  # a single size, in this process; its figures are printed as JSON
+    grown: str = "prompts"  # for that
+
+
+@dataclass(slots=True)
+class Spent:
+    """Seconds, summed over many stretches."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+    _since: tuple[float, float] = field(default=(0.0, 0.0))
+
+    def __enter__(self) -> "Spent":
+        self._since = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall += time.perf_counter() - self._since[0]
+        self.cpu += time.process_time() - self._since[1]
+
+
+def through_store(
+    folder: Path, units: Sequence[Unit], identity: Identity, draw: Callable[[Unit, list[Request]], list[list[Reply]]]
+) -> tuple[Spent, Spent]:
+    """What ``draw`` took, and what everything else took that serve.sample does with replies."""
+    drawing, storing = Spent(), Spent()
+    with storing:
+        store = open_store(folder, identity)
+        index = store.index(SAMPLED)
+        missing = [u for u in units if index.missing(row_ids(u, identity))]
+        random.Random(0).shuffle(missing)
+    for unit in missing:
+        with storing:
+            absent = set(store.index(SAMPLED).missing(row_ids(unit, identity)))
+            asked = requests_of(unit, absent, identity)
+        with drawing:
+            replies = draw(unit, [request for _, request in asked])
+        with storing:
+            store.add(SAMPLED, sample_rows(unit, asked, replies, identity))
+    with storing:
+        write_answers(folder, units, identity, store)
+        for kind in (SAMPLED, EXACT):
+            store.compact(kind, (row_ids(u, identity) for u in units if kind_of(u) is kind))
+        store.clear()
+    return drawing, storing
+
+
+def planned(n: int, grown: str, folder: Path) -> tuple[list[Unit], Identity]:
+    """Units of ``n`` draws in all, and whose they are."""
+    questions = load_harmfulness(QUESTIONS)
+    draws = DRAWS if grown == "prompts" else max(1, n // len(questions))
+    prompts = [numbered(questions[i % len(questions)], i) for i in range(n // draws)]
+    config = SampleConfig(
+        base=folder, variant="v", prompts=QUESTIONS, ask=(Ask(format="free", mode="sampled", n=draws),),
+        output_dir=folder, study_seed=1,
+    )  # fmt: skip
+    identity = Identity(
+        weights_sha="w", text_sha="t", engine=engine_identity(config), variant=config.variant, study_seed=1
+    )
+    return plan_units(prompts, config), identity
+
+
+def numbered(prompt: Prompt, i: int) -> Prompt:
+    """A question of its own: two prompts that ask the same are refused."""
+    return replace(prompt, prompt_id=f"{prompt.prompt_id}/{i}", text=f"{prompt.text} ({i})")
+
+
+def made_up(unit: Unit, requests: list[Request]) -> list[list[Reply]]:
+    """Replies of 52 words."""
+    del unit
+    rng = random.Random(requests[0].stream)
+    return [[Reply(" ".join(rng.choices(WORDS, k=52)), 60, "stop", -60.0) for _ in range(r.n)] for r in requests]
+
+
+def run(n: int, grown: str) -> dict[str, float]:
     """Store ``n`` replies in this process."""
-    spent, made = 0.0, 0.0
-    with tempfile.TemporaryDirectory() as place:
-        store = open_store(Path(place), IDENTITY)
-        units = range(n // UNIT)
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for unit in units:
-            began = time.process_time()
-            new = rows(unit)
-            made += time.process_time() - began
-            began = time.process_time()
-            store.index(SAMPLED).missing([r.sample_id for r in new])
-            store.add(SAMPLED, new)
-            spent += time.process_time() - began
-        began = time.process_time()
-        write_tables(Path(place) / "samples.parquet", Sample, store.gather(SAMPLED, map(ids, units)))
-        store.compact(SAMPLED, map(ids, units))
-        spent += time.process_time() - began
-        size = (Path(place) / "samples.parquet").stat().st_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        units, identity = planned(n, grown, folder)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        _, storing = through_store(folder, units, identity, made_up)
+        size = (folder / "samples.parquet").stat().st_size
+    n_draws = sum(u.n_rows for u in units)
     return {
-        "draws": n,
-        "cpu_s": round(spent, 2),
-        "us_per_draw": round(spent / n * 1e6, 1),
-        "rss_before_mb": start // 1024,
-        "peak_rss_mb": peak // 1024,
-        "table_mb": round(size / 1e6, 1),
+        "us_per_draw": storing.cpu / n_draws * 1e6,
+        "wall_us_per_draw": storing.wall / n_draws * 1e6,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "rss_planned_mb": before / 1024,
+        "table_mb": size / 1e6,
     }
 
 
-def main(argv: list[str]) -> None:
-    """Run every size and write the rows."""
-    if argv[:1] == ["child"]:
-        print(json.dumps(run(int(argv[1]))))
-        return
-    output = Path(argv[0].removeprefix("output=")) if argv else Path(__file__).parent / "results" / "store.csv"
-    common = {"device": platform.machine(), "load": round(os.getloadavg()[0], 1), "commit": commit()}
-    found = []
-    for n in SIZES:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.store", "child", str(n)], capture_output=True, text=True, check=True
+def in_a_process(n: int, grown: str) -> dict[str, float]:
+    """The figures of one run."""
+    command = [sys.executable, "-m", "benchmarks.store", f"one={n}", f"grown={grown}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{n} draws: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def rows_of(options: Options, grown: str, found: dict[int, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """A row per size, and rows that answer."""
+    rows = []
+    for n, runs in found.items():
+        middle = {k: round(statistics.median(run[k] for run in runs), 1) for k in runs[0]}
+        us = [run["us_per_draw"] for run in runs]
+        rows.append({"grown_by": grown, "draws": n, "runs": len(runs), **middle, **spread(us, "us_per_draw", 1)})
+    *smaller, large = sorted(options.sizes)
+    for other, what, limit in [(n, "us_per_draw", LINEAR) for n in smaller] + [(smaller[0], "peak_rss_mb", FLAT)]:
+        ratios = [a[what] / b[what] for a, b in zip(found[large], found[other], strict=True)]
+        value = statistics.median(ratios)
+        rows.append(
+            {
+                "grown_by": grown,
+                "draws": large,
+                "runs": len(ratios),
+                "target": f"{what} at most {limit} times that at {other} draws",
+                "value": round(value, 3),
+                **spread(ratios, "value", 3),
+                "met": "yes" if value <= limit else "no",
+            }
         )
-        found.append(json.loads(done.stdout) | common)
-        print(found[-1])
-    output.parent.mkdir(exist_ok=True)
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    return rows
+
+
+def spread(values: list[float], name: str, digits: int) -> dict[str, float]:
+    """The smallest and the largest."""
+    return {f"{name}_low": round(min(values), digits), f"{name}_high": round(max(values), digits)}
+
+
+def main(argv: list[str]) -> None:
+    """Run every size in turns and append the rows."""
+    values: dict[str, Any] = {}
+    for word in argv:
+        apply_override(values, word)
+    options = build(Options, values, where="command line")
+    if len(options.sizes) < 2:
+        raise UserError("sizes must be two or more; they are compared.")
+    if options.grown not in GROWN:
+        raise UserError(f"grown is {options.grown!r}; known: {', '.join(GROWN)}.")
+    if options.one is not None:
+        print(json.dumps(run(options.one, options.grown)))
+        return
+    found: dict[str, dict[int, list[dict[str, float]]]] = {g: {n: [] for n in options.sizes} for g in GROWN}
+    for turn in range(options.repeats):
+        for grown in GROWN:
+            for n in options.sizes:
+                found[grown][n].append(in_a_process(n, grown))
+                sys.stderr.write(f"{turn + 1}/{options.repeats} {n} by {grown}: {found[grown][n][-1]}\n")
+    # not before: it loads torch, and a process starts with its parent's peak memory in its own books
+    from benchmarks.timing import append, machine
+
+    rows = [row for grown in GROWN for row in rows_of(options, grown, found[grown])]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    append(options.output, [{**dict.fromkeys(columns, ""), **row, **machine("cpu"), "threads": 1} for row in rows])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)
