@@ -613,16 +613,25 @@ def main(argv: list[str]) -> None:
         for word in words:
             if word not in known:
                 raise UserError(f"{what} holds {word!r}; known: {', '.join(known)}.")
-    found = Found(setting)
+    found, failed = Found(setting), list[str]()
     with tempfile.TemporaryDirectory() as name:
         make_models(setting, Path(name))
         for turn in range(setting.repeats):
             first = turn % len(setting.providers)
             for provider in setting.providers[first:] + setting.providers[:first]:
+                if provider in failed:
+                    continue
                 began = time.monotonic()
-                found.add(provider, in_a_process(setting, provider, Path(name)))
+                try:
+                    found.add(provider, in_a_process(setting, provider, Path(name)))
+                except UserError as error:  # what the others show is worth keeping
+                    sys.stderr.write(f"{error}\n")
+                    failed.append(provider)
+                    found.phases.pop(provider, None)
                 sys.stderr.write(f"{turn + 1}/{setting.repeats} {provider}: {time.monotonic() - began:.0f} s\n")
     rows = [*found.rows(), *answers(found)]
+    if not rows:
+        raise UserError("every provider failed, as told above.")
     columns = dict.fromkeys(key for row in rows for key in row)
     where = {"shape": setting.shape, **machine(setting.device), "threads": 1}
     where["versions"] += f" transformers {metadata.version('transformers')} {vllm_version()}"
@@ -630,6 +639,8 @@ def main(argv: list[str]) -> None:
     for row in rows:
         if "target" in row:
             print(row["provider"], "|", row["op"], "|", row["value"], "|", row["target"], row["met"], "|", row["note"])
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, as told above, and have no rows.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ size, and no sampling default of the model's is ever in force.
 Requests are one draw each; vLLM reads their common prompt once (prefix caching, in blocks). Adapters
 are named by their content, so that a cached block of another adapter can never be taken for this
 one's. A variant that fills batches is merged into the weights first; a small piece of work is served
-unmerged (``vllm.merge_from``; benchmarks/throughput.py measures where that pays).
+unmerged (``vllm.merge_from``). benchmarks/throughput.py measures from how many rows merging pays: with
+the nano model on a CPU, in one run, from the first (0.97 of the cost of serving it unmerged with 1 row,
+0.43 with 16), so that 16 is careful there. A large model takes longer to merge; none was measured.
 
 The only module that imports vLLM. On a CPU it needs the environment of scripts/setup_vllm_cpu.sh.
 """
