@@ -161,7 +161,7 @@ def scored_kinds(setting: Setting) -> list[Kind]:
         if prompt.format in CLOSED_FORMATS:
             pairs[prompt.battery, prompt.format].append(prompt)
     return [
-        Kind(f"{battery} {form}", len(all_), spaced(all_, 5 * setting.prompts), Ask(format=form, mode="exact"))
+        Kind(f"{battery} {form}", len(all_), spaced(all_, setting.prompts), Ask(format=form, mode="exact"))
         for (battery, form), all_ in pairs.items()
     ]
 
