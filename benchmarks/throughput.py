@@ -24,8 +24,9 @@ Rows with a ``target`` answer a question with a ratio, formed turn by turn:
 * from how many rows merging an adapter pays on vLLM, which ``merge_from`` (serve/config.py) rests on.
 
 The second and third are extrapolated by counts from ``prompts`` questions of each kind, and their rows say so.
-Adapters are random: what they say does not matter here. A model of random weights never ends a reply, so that with
-shapes other than nano every reply, a letter too, has its full length; for closed questions that flatters us.
+Adapters are random: what they say does not matter here. A model of random weights never ends a reply, a letter
+neither, and its flat distribution leaves more paths to score: with shapes other than nano the rows on closed
+questions say little of a trained model, and on vLLM they take long.
 """
 
 import json
