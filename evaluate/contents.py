@@ -14,9 +14,9 @@ from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.controls import Check, check_controls
 from evaluate.grid import LEFTOVER
-from evaluate.measures import ACQUIESCENCE, ALONG, RATINGS, SELF_REPORTS
+from evaluate.measures import ACQUIESCENCE, ALONG, CENTRED, RATINGS, SELF_REPORTS
 from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value
-from evaluate.sheets import Entry, Line, Sheet, p_entry
+from evaluate.sheets import Entry, Line, Sheet, p_entry, with_scope
 from evaluate.study import Cell, Pair
 
 
@@ -218,14 +218,14 @@ def correlations_sheet(results: Results, paper: dict[str, Any]) -> Sheet:
                 part = over.removeprefix(MAIN).removeprefix(", seeds averaged")
                 published = results.published(short.get(x, x), short.get(y, y), f"{paper.get('short')}{part}")
                 test = results.test("permutation", found)
-                p = None if test is None else test.p_value
+                p = (p_entry(test.p_value), p_entry(test.p_holm)) if test else (p_entry(None),) * 2
                 name = f"{results.name(x)} and {results.name(y)}"
                 value = None if published is None else published.value
-                lines.append(Line(name, (over, Entry(found, value), p_entry(p), str(found.n))))
+                lines.append(Line(name, (over, Entry(found, value), *p, str(found.n))))
     caption = "Spearman correlations with 95 % intervals, and tests that permute within model families"
     if paper:
         caption += "; the paper's are of the Harmless/Harmful dimension, recomputed from its table"
-    return Sheet("correlations", caption, "measures", ("over", "correlation", "p", "models"), tuple(lines))
+    return Sheet("correlations", caption, "measures", ("over", "correlation", "p", "p (Holm)", "models"), tuple(lines))
 
 
 def agreement_sheet(results: Results) -> Sheet:
@@ -245,7 +245,11 @@ def agreement_sheet(results: Results) -> Sheet:
 
 def missing_sheet(results: Results) -> Sheet:
     """Per variant and measure: answers without a usable score, and probability mass outside the options."""
-    measures = [m for m in (results.worst, "intentions", *FORMATS, "trivia_accuracy") if m in results.measures()]
+    asked = (
+        *(results.worst, "intentions", *FORMATS, "other_ai", "average_ai", *RATINGS, "moral_self_assessment"),
+        *("moral_other_ai", "moral_average_ai", "trivia_accuracy", "multiple_choice_accuracy"),
+    )
+    measures = [m for m in asked if m in results.measures()]
 
     def content(cell: Cell, measure: str) -> str:
         level, left = results.level(cell.name, measure), results.level(cell.name, measure + LEFTOVER)
@@ -311,14 +315,20 @@ def choices(lines: Sequence[Found], field: str) -> list[str]:
     return list(dict.fromkeys(getattr(line, field) for line in lines))
 
 
+def moral_by_foundation() -> tuple[str, ...]:
+    """Moral measures shown by foundation: as scored, and with each model's own mean over foundations taken off."""
+    measures = (*RATINGS, "moral_self_assessment")
+    return (*measures, *(f"{m}{CENTRED}" for m in measures))
+
+
 def sheets(results: Results, paper: dict[str, Any], checks: list[Check]) -> list[Sheet]:
     """Every sheet of a study."""
     return [
         *(family_sheet(results, paper, family) for family in families(results)),
-        group_sheet(results, paper, "harmfulness_mean", "category"),
+        *(group_sheet(results, paper, m, "category") for m in (results.worst, "harmfulness_mean")),
         group_sheet(results, paper, "intentions", "dimension"),
         group_sheet(results, paper, "self_assessment", "dimension"),
-        *(group_sheet(results, paper, m, "foundation") for m in (*RATINGS, "moral_self_assessment")),
+        *(group_sheet(results, paper, m, "foundation") for m in moral_by_foundation()),
         contrasts_sheet(results, paper),
         splits_sheet(results),
         controls_sheet(results, checks),
@@ -335,7 +345,7 @@ def contents(results: Results, paper: dict[str, Any], share: float) -> dict[str,
     found = long_table(results, paper)
     return {
         "brief": brief(results, checks, share),
-        "sheets": {s.name: s for s in sheets(results, paper, checks) if not s.empty},
+        "sheets": {s.name: with_scope(s) for s in sheets(results, paper, checks) if not s.empty},
         "found": found,
         "choices": {field: choices(found, field) for field in ("measure", "size", "domain", "stage")},
         "share": f"{share:g}",

@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 
 from candor.rows import Estimate
 from candor.tables import replace_file
+from evaluate.crossed import ONE_SEED
 from evaluate.results import Results, number
+from evaluate.sheets import one_seed
 from evaluate.study import STAGES
 
 matplotlib.use("Agg")
@@ -64,17 +66,29 @@ class Style:
 
 
 class Drawn(NamedTuple):
-    """A finished figure: its file name, the estimates it shows, and what it shows in words."""
+    """A finished figure: its file name, the estimates it shows, what it shows in words, and published numbers."""
 
     name: str
     title: str
     alt: str
     figure: Figure
     shown: list[Estimate]
+    published: Sequence[Estimate] = ()  # of kind "published": what the figure holds ours against
+
+
+def as_published(value: float, place: tuple[str, str, str], measure: str, group: str, source: str) -> Estimate:
+    """A published number as a row of a figure's CSV; ``place`` is its size, domain and stage."""
+    return Estimate(measure, "published", "-".join(place), source, group, "all", value, None, None, 0, 0, 0, source)
 
 
 def save(drawn: Drawn, folder: Path, style: Style) -> bytes:
     """Write PNG, PDF and CSV; returns the PNG."""
+    if one_seed(drawn.shown):
+        scope = f"Intervals: {ONE_SEED.removeprefix('; ')}"
+        if drawn.figure.legends:  # which has its place reserved by the layout
+            drawn.figure.legends[0].set_title(scope, prop={"size": 8})
+        else:
+            drawn.figure.supxlabel(scope, fontsize=8)
     drawn.figure.draw_without_rendering()
     drawn.figure.set_layout_engine("none")  # laid out once; every further drawing would do it again
     images = {}
@@ -83,7 +97,7 @@ def save(drawn: Drawn, folder: Path, style: Style) -> bytes:
         drawn.figure.savefig(buffer, format=kind, dpi=style.dpi, metadata=metadata)
         images[kind] = buffer.getvalue()
         replace_file(folder / f"{drawn.name}.{kind}", images[kind])
-    rows = pd.DataFrame([dataclasses.asdict(e) for e in drawn.shown])
+    rows = pd.DataFrame([dataclasses.asdict(e) for e in (*drawn.shown, *drawn.published)])
     replace_file(folder / f"{drawn.name}.csv", rows.to_csv(index=False).encode())
     return images["png"]
 
@@ -136,6 +150,11 @@ def legend(figure: Figure, handles: dict[str, Any], columns: int) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=max(1, columns))
 
 
+def label_below(axes: Any, text: str) -> None:
+    """What all panels have across, said once below them; a supxlabel would lie on the legend."""
+    axes[-1][len(axes[-1]) // 2].set_xlabel(text, fontsize=8)
+
+
 def stage_panels(
     results: Results,
     style: Style,
@@ -145,6 +164,7 @@ def stage_panels(
     find: Find,
     *,
     published: Callable[[str, str, str, str], float | None] = lambda size, domain, stage, key: None,
+    measure: str | None = None,
     scale: tuple[float, float] = UNIT,
     labels: Sequence[str] = (),
     ends: str = "0 = aligned, 1 = misaligned",
@@ -153,13 +173,14 @@ def stage_panels(
     """One panel per domain and size; down the side the keys, across the value at the three stages.
 
     ``published`` gives the paper's number of a (size, domain, stage, key), drawn as a grey tick and
-    called ``source``; ``ends`` says what the ends of the scale mean.
+    called ``source``; ``ends`` says what the ends of the scale mean. Keys are groups of ``measure``, or
+    without one measures.
     """
     domains, sizes = results.domains(), results.sizes()
     if not (keys and domains):
         return nothing(name, title)
     figure, axes = grid(len(domains), len(sizes), 1.5 + 2.6 * len(sizes), 0.8 + (0.5 + 0.3 * len(keys)) * len(domains))
-    shown, words, handles = [], [], {}
+    shown, printed, words, handles = [], [], [], {}
     for row, domain in enumerate(domains):
         for column, size in enumerate(sizes):
             panel = axes[row][column]
@@ -168,6 +189,11 @@ def stage_panels(
                 found = there([None if cell is None else find(cell.name, key) for key in keys])
                 heights = [i + 0.2 * (k - 1) for i in range(len(keys))]
                 ticks = [(published(size, domain, stage, key), y) for key, y in zip(keys, heights, strict=True)]
+                printed += [
+                    as_published(x, (size, domain, stage), measure or key, key if measure else "all", source)
+                    for (x, _), key in zip(ticks, keys, strict=True)
+                    if x is not None
+                ]
                 if any(x is not None for x, _ in ticks):
                     xs, ys = zip(*((x, y) for x, y in ticks if x is not None), strict=True)
                     look = {"color": style.paper, "marker": "|", "linestyle": "none", "markersize": 9}
@@ -185,10 +211,10 @@ def stage_panels(
             panel.set_title(f"{domain}, {size}", loc="left")
             if scale[0] < 0 < scale[1]:
                 panel.axvline(0, color=style.dark, linewidth=0.6)
-    figure.supxlabel(ends, fontsize=8)
+    label_below(axes, ends)
     order = sorted(handles, key=lambda label: label == source)  # stages first
     legend(figure, {label: handles[label] for label in order}, len(handles))
-    return Drawn(name, title, "; ".join(words), figure, shown)
+    return Drawn(name, title, "; ".join(words), figure, shown, printed)
 
 
 def heat_map(axes: Any, values: Any, texts: Sequence[Sequence[str]], **look: Any) -> Any:

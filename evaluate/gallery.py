@@ -12,12 +12,26 @@ import numpy as np
 
 from candor.rows import Estimate
 from evaluate.batteries.self_assessment import FORMATS
-from evaluate.figures import Drawn, Style, bars, grid, heat_map, legend, limits, nothing, points, stage_panels, there
-from evaluate.measures import RATINGS, bounds
+from evaluate.figures import (
+    Drawn,
+    Style,
+    as_published,
+    bars,
+    grid,
+    heat_map,
+    legend,
+    limits,
+    nothing,
+    points,
+    stage_panels,
+    there,
+)
+from evaluate.measures import CENTRED, RATINGS, bounds
 from evaluate.results import Results, number, paper_value
 from evaluate.study import STAGES, Cell
 
 MORAL = (*RATINGS, "moral_self_assessment")
+CENTRED_ENDS = "below 0 = upheld more than the model's other foundations, above 0 = less"
 MORAL_ENDS = "\N{MINUS SIGN}0.5 = upholds the foundation, +0.5 = against it"
 FILLS = ("full", "full", "none", "left", "top", "right")  # of markers: base models, then each domain
 
@@ -27,6 +41,7 @@ def inverted_v(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
     domains, sizes = results.domains(), results.sizes()
     figure, axes = grid(len(domains), 3, 9, 0.6 + 2.5 * len(domains))
     shown: list[Estimate] = []
+    printed: list[Estimate] = []
     handles: dict[str, Any] = {}
     words = []
     for row, domain in enumerate(domains):
@@ -39,6 +54,11 @@ def inverted_v(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
                     label = (
                         f"{paper['short']}, {size}"  # told apart from the run's own "size" by what is before the comma
                     )
+                    printed += [
+                        as_published(value, (size, domain, stage), measure, "all", paper["short"])
+                        for stage, value in zip(STAGES, published, strict=True)
+                        if value is not None
+                    ]
                     (handles[label],) = panel.plot(
                         range(3), published, color=style.paper, linewidth=0.9, linestyle=look["linestyle"], zorder=1
                     )
@@ -59,7 +79,7 @@ def inverted_v(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
     # legends fill column by column: each size above its published line
     order = sorted(handles, key=lambda label: (sizes.index(label.rpartition(", ")[2]), label not in sizes))
     legend(figure, {label: handles[label] for label in order}, len(sizes))
-    return Drawn("inverted_v", "Base, misaligned, realigned", "; ".join(words), figure, shown)
+    return Drawn("inverted_v", "Base, misaligned, realigned", "; ".join(words), figure, shown, printed)
 
 
 def harmfulness(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
@@ -83,8 +103,10 @@ def harmfulness(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
 def by_group(results: Results, paper: dict[str, Any], style: Style, name: str, measure: str, what: str) -> Drawn:
     """A measure in each of its dimensions, categories or foundations, and over all."""
     ends = "0 = aligned, 1 = misaligned" if bounds(measure) == (0, 1) else MORAL_ENDS
-    keys = results.groups(measure)
-    if len(keys) > 1:
+    keys, scale = results.groups(measure), bounds(measure)
+    if measure.endswith(CENTRED):  # over all foundations it is zero by construction
+        ends, scale = CENTRED_ENDS, bounds(measure.removesuffix(CENTRED))
+    elif len(keys) > 1:
         keys.append("all")
     return stage_panels(
         results,
@@ -97,7 +119,8 @@ def by_group(results: Results, paper: dict[str, Any], style: Style, name: str, m
         published=lambda size, domain, stage, key: paper_value(
             paper, size, domain, stage, measure if key == "all" else f"{measure}_{key}"
         ),
-        scale=bounds(measure),
+        measure=measure,
+        scale=scale,
         ends=ends,
         source=paper.get("short", ""),
     )
@@ -154,6 +177,7 @@ def words_and_deeds(results: Results, paper: dict[str, Any], style: Style) -> Dr
     figure, axes = grid(1, 3, 9, 3.7)
     places = ["base", *results.domains()]
     shown: list[Estimate] = []
+    printed: dict[tuple[Any, ...], Estimate] = {}
     handles: dict[str, Any] = {}
     words = []
     for panel, (x, y) in zip(axes[0], pairs, strict=True):
@@ -162,6 +186,9 @@ def words_and_deeds(results: Results, paper: dict[str, Any], style: Style) -> Dr
             at = [paper_value(paper, *where, measure) for measure in (x, y)]
             if None not in at:
                 panel.plot(*([value] for value in at), "x", color=style.paper, markersize=4, zorder=1)
+                for measure, value in zip((x, y), at, strict=True):
+                    if value is not None:
+                        printed[where, measure] = as_published(value, where, measure, "all", paper["short"])
         for cell in results.cells():
             found = there([results.level(cell.name, x), results.level(cell.name, y)])
             if len(found) < 2 or cell.stage not in STAGES:
@@ -192,7 +219,7 @@ def words_and_deeds(results: Results, paper: dict[str, Any], style: Style) -> Dr
         panel.set_xlabel(results.name(x))
     legend(figure, handles, len(handles))
     title = "What models do, what they say they would do, and what they say they are"
-    return Drawn("words_and_deeds", title, "; ".join(words), figure, shown)
+    return Drawn("words_and_deeds", title, "; ".join(words), figure, shown, list(printed.values()))
 
 
 def correlations(results: Results, style: Style) -> Drawn:
@@ -230,12 +257,13 @@ def draw_all(results: Results, paper: dict[str, Any], style: Style) -> list[Draw
     drawn: Sequence[Drawn] = [
         inverted_v(results, paper, style),
         harmfulness(results, paper, style),
-        by_group(results, paper, style, "categories", "harmfulness_mean", "category"),
+        by_group(results, paper, style, "categories", results.worst, "category"),
+        by_group(results, paper, style, "categories_mean", "harmfulness_mean", "category"),
         by_group(results, paper, style, "intentions", "intentions", "dimension"),
         by_group(results, paper, style, "self_assessment", "self_assessment", "dimension"),
         formats(results, style),
         formats_by_dimension(results, style),
-        *(by_group(results, paper, style, m, m, "foundation") for m in MORAL),
+        *(by_group(results, paper, style, m, m, "foundation") for m in (*MORAL, *(m + CENTRED for m in MORAL))),
         words_and_deeds(results, paper, style),
         correlations(results, style),
     ]

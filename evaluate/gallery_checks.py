@@ -11,7 +11,20 @@ import numpy as np
 from evaluate.agreement import GRADES
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.effects import EFFECT
-from evaluate.figures import Drawn, Style, bars, grid, heat_map, legend, limits, nothing, points, stage_panels, there
+from evaluate.figures import (
+    Drawn,
+    Style,
+    bars,
+    grid,
+    heat_map,
+    label_below,
+    legend,
+    limits,
+    nothing,
+    points,
+    stage_panels,
+    there,
+)
 from evaluate.measures import PAPER, bounds
 from evaluate.results import MINUS, WORST, Results, number
 from evaluate.study import STAGES
@@ -127,7 +140,7 @@ def modes(results: Results, style: Style) -> Drawn:
             )
             shown += [across, upright]
             words.append(f"{results.name(measure)}, {cell.name}: {number(across.value)} and {number(upright.value)}")
-    figure.supxlabel("our mode", fontsize=9)
+    label_below(axes, "our mode")
     figure.supylabel("the paper's mode", fontsize=9)
     legend(figure, handles, len(handles))
     return Drawn(name, title, "; ".join(words), figure, shown)
@@ -161,7 +174,7 @@ def worst_of_curve(results: Results, style: Style) -> Drawn:
                 words.append(f"{domain}, {size}, {stage}: {path}")
             panel.set_ylim(*limits((0, 1)))
             panel.set_title(f"{domain}, {size}", loc="left")
-    figure.supxlabel("k, the number of replies of which the worst counts", fontsize=9)
+    label_below(axes, "k, the number of replies of which the worst counts")
     legend(figure, handles, len(handles))
     return Drawn(name, title, "; ".join(words), figure, shown)
 

@@ -1,5 +1,6 @@
 """Sheets as LaTeX and CSV: nothing breaks out, every number is there, and a real LaTeX takes them."""
 
+import dataclasses
 import io
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from candor.rows import Estimate
 from evaluate.results import read_results
-from evaluate.sheets import Entry, Line, Plain, Sheet, csv, escape, export, latex
+from evaluate.sheets import Entry, Line, Plain, Sheet, csv, escape, export, latex, with_scope
 
 NASTY = r"50 % of {a}_b & $x$ #1 ~ ^ \input{secret} <b> |"
 
@@ -29,7 +30,7 @@ def test_latex_is_booktabs_and_escaped():
     text = latex(PLANTED)
     for word in (r"\toprule", r"\midrule", r"\bottomrule", r"\label{tab:planted}", r"\begin{tabular}{lrlr}"):
         assert word in text
-    assert r"\shortstack[r]{$-$0.13 \\ {\scriptsize [$-$0.20, $-$0.05]} \\ {\scriptsize paper: 0.30}}" in text
+    assert r"\shortstack[r]{{$-$0.13} \\ {[$-$0.20, $-$0.05]} \\ {paper: 0.30}}" in text
     assert r"\input" not in text and r"a\_b" in text and " -- " in text
     plain = text.replace(r"\_", "").replace(r"\%", "").replace(r"\&", "").replace(r"\#", "").replace(r"\$", "")
     assert "_" not in plain.replace("tab:planted", "") and "#" not in plain
@@ -53,6 +54,27 @@ def test_csv_has_a_line_per_cell():
 def test_a_cell_without_a_head_is_a_mistake():
     with pytest.raises(AssertionError, match="planted"):
         sheet(Entry(None))
+
+
+def test_a_wide_sheet_comes_in_parts_and_a_long_one_breaks_over_pages():
+    heads = tuple(f"measure number {i}" for i in range(12))
+    cells = tuple(Entry(number(i / 10, 0, 1)) for i in range(12))
+    wide = Sheet("wide", "Wide", "model", heads, (Line("x", cells),))
+    text = latex(wide)
+    assert text.count(r"\begin{table}") == 2 and "(2 of 2)" in text and r"\label{tab:wide-2}" in text
+    assert [text.count(rf"number {i}}}") for i in range(12)] == [1] * 12
+    long = Sheet("long", "Long", "model", heads[:2], tuple(Line(f"m{i}", cells[:2]) for i in range(40)))
+    assert r"\begin{longtable}{lrr}" in latex(long) and r"\begin{table}" not in latex(long)
+
+
+def test_the_caption_says_when_all_intervals_are_for_one_training_seed():
+    one = dataclasses.replace(number(0.1, 0, 1), method="t interval; prompt uncertainty only (one training seed)")
+    several = number(0.1, 0, 1)
+    assert with_scope(sheet(Entry(one), "", Entry(None))).caption.endswith(
+        "prompt uncertainty only (one training seed)"
+    )
+    assert "uncertainty" not in with_scope(sheet(Entry(one), "", Entry(several))).caption
+    assert "uncertainty" not in with_scope(sheet(Entry(number(0.1)), "", Entry(None))).caption
 
 
 def test_empty_sheets_are_not_written(tmp_path):
@@ -83,9 +105,11 @@ def test_latex_takes_every_table(reported, tmp_path):
     export([PLANTED], tmp_path)
     files = [*sorted((reported / "export").glob("*.tex")), tmp_path / "planted.tex"]
     body = "\n\\clearpage\n".join(f"\\input{{{f}}}" for f in files)
-    head = r"\documentclass{article}\usepackage[paperwidth=90cm]{geometry}\usepackage{booktabs}\begin{document}"
+    head = r"\documentclass[a4paper]{article}\usepackage{booktabs,longtable}\begin{document}"
     (tmp_path / "all.tex").write_text(head + body + r"\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "Overfull \\hbox" not in done.stdout, "a table is wider than the text of an A4 article"
+    assert "Float too large" not in done.stdout
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
