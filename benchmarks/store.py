@@ -78,17 +78,16 @@ def through_store(
     drawing, storing = Spent(), Spent()
     with storing:
         store = open_store(folder, identity)
-        index = store.index(SAMPLED)
-        missing = [u for u in units if index.missing(row_ids(u, identity))]
+        missing = [u for u in units if store.missing(SAMPLED, row_ids(u, identity))]
         random.Random(0).shuffle(missing)
     for unit in missing:
         with storing:
-            absent = set(store.index(SAMPLED).missing(row_ids(unit, identity)))
-            asked = requests_of(unit, absent, identity)
+            ids = row_ids(unit, identity)
+            asked = requests_of(unit, ids, set(store.missing(SAMPLED, ids)))
         with drawing:
             replies = draw(unit, [request for _, request in asked])
         with storing:
-            store.add(SAMPLED, sample_rows(unit, asked, replies, identity))
+            store.add(SAMPLED, sample_rows(unit, ids, asked, replies, identity))
     with storing:
         write_answers(folder, units, identity, store)
         for kind in (SAMPLED, EXACT):

@@ -6,6 +6,7 @@ it, so that answers of another variant, engine or wording are never taken for it
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from typing import Any
 
 from candor.config import plain
 from candor.errors import UserError, nearest
-from candor.hashing import hash64, sha256_bytes
+from candor.hashing import hash64
 from candor.questions import prompt_sha
 from candor.rows import Prompt
 from serve.config import Ask, SampleConfig
+
+UNIT_ROWS = 8192  # rows of a unit at most: they are held in memory until they are stored
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class Identity:
         return draw_key(self.study_seed, self.variant)
 
     @functools.cached_property
-    def text(self) -> str:
-        """All of it as JSON; written once, since every id of every draw is a hash over it."""
-        return json.dumps(plain(self), sort_keys=True, ensure_ascii=False)
+    def hashed(self) -> Any:
+        """A sha256 that has taken in "[" and all of it as JSON: the beginning of every id, hashed once."""
+        return hashlib.sha256(f"[{json.dumps(plain(self), sort_keys=True, ensure_ascii=False)}".encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,9 @@ def _shared(named: Iterable[tuple[str, int]]) -> tuple[str, str] | None:
 
 def sample_id(identity: Identity, ask: Ask, sha: str, draw: int) -> str:
     """Hash of everything that produced a reply: not ``ask.n``, so that more draws leave the earlier ones' ids alone."""
-    rest = json.dumps([sha, ask.temperature, ask.max_tokens, draw])
-    return sha256_bytes(f"[{identity.text}, {rest[1:]}".encode())
+    found = identity.hashed.copy()
+    found.update(f", {json.dumps([sha, ask.temperature, ask.max_tokens, draw])[1:]}".encode())
+    return str(found.hexdigest())
 
 
 def row_ids(unit: Unit, identity: Identity) -> list[str]:
@@ -155,11 +159,11 @@ def plan_units(prompts: Sequence[Prompt], config: SampleConfig) -> list[Unit]:
     _refuse_same(prompts)
     for ask in config.ask:
         _check_ask(ask, prompts, config)
-    return [
-        _unit(ask, asked[first : first + config.engine.unit_prompts])
-        for ask, asked in zip(config.ask, settle(prompts, config.ask), strict=True)
-        for first in range(0, len(asked), config.engine.unit_prompts)
-    ]
+    units = []
+    for ask, asked in zip(config.ask, settle(prompts, config.ask), strict=True):
+        size = max(1, min(config.engine.unit_prompts, UNIT_ROWS // ask.n))
+        units += [_unit(ask, asked[first : first + size]) for first in range(0, len(asked), size)]
+    return units
 
 
 def _check_ask(ask: Ask, prompts: Sequence[Prompt], config: SampleConfig) -> None:

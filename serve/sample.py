@@ -29,7 +29,7 @@ from candor.tables import read_rows, replace_file, write_tables
 from serve.config import SampleConfig
 from serve.engine import Engine, Reply, Request, Unanswered
 from serve.identity import adapter_sha, hosted_sha, text_sha, weights_sha
-from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids, sample_id, stream_of
+from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids, stream_of
 from serve.store import DISTRIBUTIONS, EXACT, SAMPLED, SAMPLES, Kind, Store, open_store, remove_if_stale
 from train.lineage import base_sha
 
@@ -125,8 +125,7 @@ def make_missing(units: Sequence[Unit], config: SampleConfig, identity: Identity
     Units are taken in random order and looked up again before each, so that several processes on
     one folder seldom do the same work. Where they do, the rows are equal and count once.
     """
-    indexes = {kind: store.index(kind) for kind in (SAMPLED, EXACT)}
-    missing = [u for u in units if indexes[kind_of(u)].missing(row_ids(u, identity))]
+    missing = [u for u in units if store.missing(kind_of(u), row_ids(u, identity))]
     if not missing:
         return 0
     # torch and transformers take seconds to import; a finished folder must not pay for them
@@ -144,29 +143,32 @@ def make_missing(units: Sequence[Unit], config: SampleConfig, identity: Identity
     random.shuffle(missing)
     with tqdm(total=n_rows, desc=config.variant, unit="row", disable=not sys.stderr.isatty()) as bar:
         for unit in missing:
-            absent = store.index(kind_of(unit)).missing(row_ids(unit, identity))
+            ids = row_ids(unit, identity)
+            absent = set(store.missing(kind_of(unit), ids))
             if absent:
-                n_made += _make_unit(unit, set(absent), engine, identity, store)
+                n_made += _make_unit(unit, ids, absent, engine, identity, store)
             bar.update(unit.n_rows)
     return n_made
 
 
-def _make_unit(unit: Unit, absent: set[str], engine: Engine, identity: Identity, store: Store) -> int:
-    """Make and store the rows of a unit whose ids are in ``absent``; how many."""
+def _make_unit(
+    unit: Unit, ids: Sequence[str], absent: set[str], engine: Engine, identity: Identity, store: Store
+) -> int:
+    """Make and store the rows of a unit (``ids`` are those of all of them) whose ids are in ``absent``; how many."""
     if kind_of(unit) is EXACT:
         kept = [i for i, sha in enumerate(unit.prompt_shas) if sha in absent]
         part = Unit(unit.ask, tuple(unit.prompts[i] for i in kept), tuple(unit.prompt_shas[i] for i in kept))
         store.add(EXACT, score_unit(part, engine, identity))
         return len(kept)
-    asked = requests_of(unit, absent, identity)
+    asked = requests_of(unit, ids, absent)
     try:
         replies: list[list[Reply | None]] = list(map(list, _ask(unit, asked, engine, identity)))
     except Unanswered as error:
-        rows = sample_rows(unit, asked, error.replies, identity)
+        rows = sample_rows(unit, ids, asked, error.replies, identity)
         if rows:
             store.add(SAMPLED, rows)  # each was paid for
         raise
-    rows = sample_rows(unit, asked, replies, identity)
+    rows = sample_rows(unit, ids, asked, replies, identity)
     store.add(SAMPLED, rows)
     return len(rows)
 
@@ -190,11 +192,11 @@ def _named(pieces: Iterator[Any], units: Sequence[Unit]) -> Iterator[Any]:
         yield table.set_column(place, table.schema.field(place), [names])
 
 
-def requests_of(unit: Unit, absent: set[str], identity: Identity) -> list[tuple[int, Request]]:
-    """What is to be drawn of a unit: the place of a prompt, and a run of its draws whose ids are in ``absent``."""
+def requests_of(unit: Unit, ids: Sequence[str], absent: set[str]) -> list[tuple[int, Request]]:
+    """What is to be drawn of a unit with these ids: a prompt's place, and a run of its draws that are ``absent``."""
     asked = []
     for place, (prompt, sha) in enumerate(zip(unit.prompts, unit.prompt_shas, strict=True)):
-        draws = [d for d in range(unit.ask.n) if sample_id(identity, unit.ask, sha, d) in absent]
+        draws = [d for d in range(unit.ask.n) if ids[place * unit.ask.n + d] in absent]
         asked += [(place, Request(prompt.text, stream_of(sha), first, count)) for first, count in runs_of(draws)]
     return asked
 
@@ -209,12 +211,16 @@ def _ask(unit: Unit, asked: Sequence[tuple[int, Request]], engine: Engine, ident
 
 
 def sample_rows(
-    unit: Unit, asked: Sequence[tuple[int, Request]], replies: Sequence[Sequence[Reply | None]], identity: Identity
+    unit: Unit,
+    ids: Sequence[str],
+    asked: Sequence[tuple[int, Request]],
+    replies: Sequence[Sequence[Reply | None]],
+    identity: Identity,
 ) -> list[Sample]:
-    """Rows of the replies that were given."""
+    """Rows of the replies that were given; ``ids`` are those of all the unit's rows."""
     return [
         Sample(
-            sample_id=sample_id(identity, unit.ask, unit.prompt_shas[place], request.first_draw + i),
+            sample_id=ids[place * unit.ask.n + request.first_draw + i],
             prompt_id=unit.prompts[place].prompt_id,
             prompt_sha=unit.prompt_shas[place],
             variant=identity.variant,

@@ -67,6 +67,8 @@ class Store:
         self.folder = folder
         self.name = name  # of the identity: what its rows' weights and variant must be
         self._known: dict[tuple[Path, int, int], Shard] = {}  # by file: two may carry one name after another
+        self._added: set[str] = set()  # names of the shards this object wrote
+        self._others: dict[str, tuple[set[str], Index]] = {}  # by kind: the other shards there were, and all rows then
 
     def add(self, kind: Kind, rows: Sequence[Any]) -> Path:
         """Write rows as one shard."""
@@ -77,7 +79,19 @@ class Store:
         path = _shard_path(self.folder, kind, (t.column(kind.id_column).to_pylist() for t in tables))
         if not path.exists():  # equal ids: the same rows
             write_tables(path, kind.row_type, tables)
+        self._added.add(path.name)
         return path
+
+    def missing(self, kind: Kind, ids: Sequence[str]) -> list[str]:
+        """Those of the ids that are not stored, for one who knows what it added itself since it first asked.
+
+        Every row is read and sorted again only when others have written: the cost of a unit of work does
+        not grow with the rows that one process has made.
+        """
+        others = {path.name for path in self.folder.glob(f"{kind.name}-*.parquet")} - self._added
+        if kind.name not in self._others or self._others[kind.name][0] != others:
+            self._others[kind.name] = others, self.index(kind)
+        return self._others[kind.name][1].missing(ids)
 
     def index(self, kind: Kind) -> "Index":
         """What is stored now. A damaged or foreign file is set aside and does not count."""

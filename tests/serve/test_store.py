@@ -18,7 +18,7 @@ from candor.hashing import sha256_json
 from candor.rows import Distribution, Sample
 from candor.tables import read_rows, write_tables
 from serve.plan import Identity
-from serve.store import EXACT, SAMPLED, main, open_store, verify
+from serve.store import EXACT, SAMPLED, Store, main, open_store, verify
 
 ROOT = Path(__file__).resolve().parents[2]
 IDENTITY = Identity(weights_sha="w", text_sha="t", engine={"name": "torch"}, variant="v", study_seed=1)
@@ -49,7 +49,7 @@ def write_all(folder, seed):
     order = list(range(N_UNITS))
     rng.shuffle(order)
     for k in order:
-        if store.index(SAMPLED).missing(ids(k)):
+        if store.missing(SAMPLED, ids(k)):
             store.add(SAMPLED, unit(k))
         if rng.random() < 0.3:
             store.compact(SAMPLED)
@@ -130,6 +130,22 @@ def test_rows_come_back_in_the_order_asked(tmp_path):
     (table,) = store.gather(SAMPLED, [wanted])
     assert table.column("sample_id").to_pylist() == wanted
     assert store.compact(SAMPLED) == 0
+
+
+def test_what_others_add_is_seen_and_own_rows_are_not_read_again(tmp_path, monkeypatch):
+    ours, theirs = open_store(tmp_path, IDENTITY), open_store(tmp_path, IDENTITY)
+    read = []
+    monkeypatch.setattr(Store, "index", lambda self, kind, whole=Store.index: read.append(kind) or whole(self, kind))
+    assert ours.missing(SAMPLED, ids(0)) == ids(0)
+    for k in (0, 1, 2):
+        ours.add(SAMPLED, unit(k))
+        assert ours.missing(SAMPLED, ids(k + 1)) == ids(k + 1)
+    assert len(read) == 1
+    theirs.add(SAMPLED, unit(3))
+    assert ours.missing(SAMPLED, ids(3)) == [] and len(read) == 2
+    theirs.compact(SAMPLED)  # all rows lie in a new file
+    read.clear()
+    assert ours.missing(SAMPLED, [*ids(0), *ids(4)]) == ids(4) and len(read) == 1
 
 
 def test_equal_ids_count_once_and_differing_rows_are_told(tmp_path):
