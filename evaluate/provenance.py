@@ -45,6 +45,7 @@ def _line(results: Results, variant: Variant, names: dict[str, str]) -> Line:
     answers = read_manifest(folder / "answers") or {}
     verdicts = read_manifest(folder / "verdicts" / results.judge) or {}
     base = adapter.get("lineage", {}).get("base", {}).get("model", "")
+    base = base or answers.get("config", {}).get("engine", {}).get("model", "")  # a hosted model's name
     samples = answer_files(results.run, variant, results.judge)["samples"]
     tokens = pc.sum(read_table(samples, Sample)["n_tokens"]).as_py() if samples.exists() else None
     losses = [adapter.get(key) for key in ("first_loss", "final_loss")]

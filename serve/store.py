@@ -36,7 +36,7 @@ from candor.errors import UserError, nearest, run_script
 from candor.hashing import sha256_json
 from candor.rows import Distribution, Sample
 from candor.tables import ROWS_PER_GROUP, as_table, refuse_machine_failure, replace_file, schema_of, write_tables
-from serve.attest import compare_records
+from serve.attest import ATTESTATION, compare_records
 from serve.plan import Identity
 
 STORE = "store"
@@ -364,7 +364,7 @@ def main(argv: list[str]) -> None:
     stores = stores_below(run)
     if word == "verify":
         troubles = [trouble for store in stores for trouble in verify(store)]
-        records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(run.rglob("attestation.json"))]
+        records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(run.rglob(ATTESTATION))]
         troubles += compare_records(records)
         if troubles:
             raise UserError(f"{len(troubles)} troubles in {len(stores)} stores:\n  " + "\n  ".join(troubles))
