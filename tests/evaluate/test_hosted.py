@@ -121,4 +121,5 @@ def test_it_stands_in_the_report_beside_ours(tmp_path, hosted):
     assert level["far"] == pytest.approx(level["nano-base"], abs=0.02)
     (difference,) = [e for e in whole if e.kind == "contrast"]
     assert (difference.variant, difference.reference) == ("far", "nano-base")
-    assert "ft:far" in (run / "report.html").read_text()
+    report = (run / "report.html").read_text()
+    assert "ft:far" in report and "(top_logprobs)" in report
