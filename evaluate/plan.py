@@ -144,7 +144,7 @@ class _Builder:
         """Read what stage configs are made from: questions, modes, judges and recipes."""
         self.experiment, self.run = experiment, experiment.output
         self.judge: JudgeConfig = read_judge(experiment.judge)
-        self.engine = plain(replace(experiment.engine, device=experiment.device))
+        self.engine: dict[str, Any] = plain(replace(experiment.engine, device=experiment.device))
         self.prompts = self.run / PROMPTS
         asked = gather(experiment.sources)
         refuse_shared_streams(asked)
@@ -316,7 +316,8 @@ class _Builder:
         """The experiment's engine, or the way to a hosted model."""
         if subject.api is None:
             return self.engine
-        return plain(EngineConfig(name="api", api=subject.api, unit_prompts=self.experiment.engine.unit_prompts))
+        hosted = EngineConfig(name="api", api=subject.api, unit_prompts=self.experiment.engine.unit_prompts)
+        return {**plain(hosted)}
 
     def add_judging(self, subject: Subject) -> None:
         """Every judge's verdicts on one variant's replies; of a checkpoint the harmfulness judge's alone."""

@@ -183,7 +183,7 @@ def test_an_adapter_of_too_high_a_rank_is_refused(base, adapter, tmp_path):
         VllmConfig(max_lora_rank=100)
 
 
-def test_when_memory_runs_out_fewer_sequences_go_on(base, adapter, prompts, monkeypatch, capsys):
+def test_when_memory_runs_out_fewer_sequences_go_on(base, adapter, prompts, monkeypatch, capfd):
     """Planted inside vLLM's own step: an allocation that fails as long as more than so many rows are in the batch."""
     config = dataclasses.replace(LORA, vllm=VllmConfig(adapters="lora", cache_gb=0.25, max_sequences=8))
     suffices_for, apply = 8, Answers.apply
@@ -199,7 +199,7 @@ def test_when_memory_runs_out_fewer_sequences_go_on(base, adapter, prompts, monk
     whole = engine.sample(requests_of(prompts, 2), **how)
     suffices_for = 4
     assert texts_of(engine.sample(requests_of(prompts, 2), **how)) == texts_of(whole)
-    assert "ran out of memory" in (told := capsys.readouterr().err) and "starts again with max_sequences 4" in told
+    assert "ran out of memory" in (told := capfd.readouterr().err) and "starts again with max_sequences 4" in told
     assert open_vllm(config, base, None)._running is engine._running  # which the next variant gets, as small as it is
     suffices_for = 1
     with pytest.raises(UserError, match=r"ran out of memory.*at last with max_sequences 2. What was finished is kept"):
@@ -238,7 +238,7 @@ def test_a_dead_worker_is_started_again(base, prompts, tmp_path):
     (tmp_path / "told").write_bytes(pickle.dumps((requests, how)))
     command = [sys.executable, str(tmp_path / "two.py"), str(base), str(tmp_path / "told")]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a vLLM worker process died" in done.stderr and "starts again with max_sequences 4" in done.stderr
