@@ -294,7 +294,7 @@ class _Builder:
             assert self.along is not None
             adapter = checkpoint_folder(self.run / "variants" / subject.of / "adapter", subject.step)
             asks = self.along.asks
-        config = {
+        config: dict[str, Any] = {
             "base": subject.base,
             "adapter": adapter,
             "variant": row.name,

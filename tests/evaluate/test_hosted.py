@@ -114,7 +114,7 @@ def test_it_stands_in_the_report_beside_ours(tmp_path, hosted):
         (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(values(tmp_path, url)))
         main([str(tmp_path / "experiment.yaml")])
     run = tmp_path / "run"
-    assert {v["variant"] for v in json.loads((run / "summary.json").read_text())["variants"]} == {"far", "nano-base"}
+    assert {v["name"] for v in json.loads((run / "summary.json").read_text())["variants"]} == {"far", "nano-base"}
     rows = read_rows(run / "tables" / "estimates.parquet", Estimate)
     whole = [e for e in rows if (e.measure, e.group, e.split) == ("intentions", "all", "all")]
     level = {e.variant: e.value for e in whole if e.kind == "level"}
