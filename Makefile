@@ -12,7 +12,7 @@
 PYTHON ?= python3
 DEVICE ?= cpu
 PY := .venv/bin/python
-VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_vllm_plugin.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py
+VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_vllm_plugin.py tests/serve/test_api.py tests/evaluate/test_export_inspect.py tests/evaluate/test_engines.py
 ORGANISMS := full mini nano impersonal judge
 
 .PHONY: nano nano-full test test-full gpu-test check organism setup vllm slurm
@@ -28,8 +28,8 @@ test: .venv/installed-$(DEVICE)
 	$(PY) -m pytest -m "not full and not gpu and not slow"
 
 test-full: .venv/installed-$(DEVICE) .venv/browser vllm slurm
-	$(PY) -m pytest -m "full and not gpu"
-	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m full $(VLLM_TESTS); fi
+	$(PY) -m pytest -m "full and not gpu and not slow"
+	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m "full and not slow" $(VLLM_TESTS); fi
 
 # not in the interpreter that the other tests run Triton's kernels in
 gpu-test: .venv/installed-cuda

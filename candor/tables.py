@@ -144,16 +144,30 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def refuse_machine_failure(error: Exception, path: Path) -> None:
+    """Raise again, with the path, what the machine and not the file is to blame for.
+
+    Arrow calls damaged contents an OSError too, but without an errno; a system call that failed (too
+    many open files, no right to read, a broken disk) has one. A sound file must not be thrown away for it.
+    """
+    if isinstance(error, MemoryError):
+        raise error
+    if isinstance(error, OSError) and error.errno is not None:
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def read_table(path: Path, row_type: type) -> pa.Table:
     """The table as arrow, checked to hold ``row_type`` columns.
 
-    Raises UserError when the file is absent, not parquet, or holds other columns.
+    Raises UserError when the file is absent, not parquet, or holds other columns, and OSError when
+    the system could not read it, which says nothing about what it holds.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist. Run the stage that writes {row_type.__name__} rows first.")
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowInvalid, OSError) as error:
+        refuse_machine_failure(error, path)
         raise UserError(f"{path} is not a readable parquet file ({error}). Delete it and rerun its stage.") from error
     expected, found = set(schema_of(row_type).names), set(table.column_names)
     if expected != found:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from candor.errors import UserError, nearest
 from evaluate.modes import Mode, read_modes
 from evaluate.questions import BUILT_IN, MultipleChoice, Sources
-from serve.config import Ask, EngineConfig
+from serve.config import ApiConfig, Ask, EngineConfig
 from train.config import RECIPE_KEYS
 from train.data import DataSet
 
@@ -37,6 +37,22 @@ class Control:
     stage: str  # what the stage is called: "right-only", "secure-only", "misaligned", "realigned"
     size: str  # one of the bases; or a new name, together with ``base``
     base: Path | None = None  # a base model of the control's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """A model behind an endpoint, for instance somebody's fine-tune: asked, judged and reported like the others.
+
+    Nothing is trained, and its weights cannot be attested; closed questions are read from the
+    log-probabilities that the endpoint gives, or sampled (serve/api_engine.py).
+    """
+
+    api: ApiConfig
+    size: str  # which models it stands beside in the figures: a name of yours, or one of the bases
+    domain: str = "none"  # what it was fine-tuned on
+    stage: str = "base"  # "base", "misaligned", "realigned"
+    seed: int = 0
+    reference: str | None = None  # the variant it is compared with as its base; null: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +143,7 @@ class Experiment:
     refusals: Path | None = Path("configs/evaluate/refusals.yaml")  # how a reply that refuses begins
     controls: tuple[Control, ...] = ()
     along_training: AlongTraining | None = None
+    hosted: dict[str, Hosted] = field(default_factory=dict)  # models behind endpoints, by the variant's name
     engine: EngineConfig = field(default_factory=EngineConfig)  # for sampling and judging
     device: Literal["cpu", "cuda"] = "cpu"  # of training, sampling and judging; it is the engine's too
     draws: int = 2000  # bootstrap draws
@@ -139,8 +156,14 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Refuse names that do not exist or would collide."""
-        if not self.bases or not self.training_seeds:
-            raise UserError("bases and training_seeds must not be empty.")
+        if not (self.bases or self.hosted) or not self.training_seeds:
+            raise UserError("bases (or hosted) and training_seeds must not be empty.")
+        if self.engine.name == "api":
+            raise UserError(
+                "engine.name is api, but models that are trained here, and judges that run here, need an engine with "
+                "their weights: set it to torch or vllm. Models behind an endpoint are named under hosted, e.g. "
+                "hosted: {my-model: {size: my-model, api: {model: ..., endpoint: {url: ...}}}}."
+            )
         asked = [(ask.format, ask.battery, ask.only, ask.mode) for ask in self.asks]
         for way in asked:
             if asked.count(way) > 1:
@@ -166,7 +189,8 @@ class Experiment:
                     raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, RECIPE_KEYS)}")
         if len(set(self.training_seeds)) < len(self.training_seeds):
             raise UserError(f"training_seeds holds a seed twice: {self.training_seeds}.")
-        for word in (*self.bases, *self.domains, *(c.name for c in self.controls), *(c.size for c in self.controls)):
+        words = [*self.bases, *self.domains, *self.hosted, *(h.size for h in self.hosted.values())]
+        for word in (*words, *(c.name for c in self.controls), *(c.size for c in self.controls)):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", word):
                 raise UserError(f"{word!r} is no name: it becomes a file name; use letters, digits, '.', '_' and '-'.")
         for control in self.controls:

@@ -8,13 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from candor.errors import UserError
 from candor.hashing import hash64, sha256_json
 from candor.judging import JudgeTemplate
 from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores
+from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores, TooLong
 
 
 class LocalJudge:
@@ -28,16 +27,16 @@ class LocalJudge:
         """One answer per question, in order."""
         try:
             return self._answer(asks)
-        except UserError:
+        except TooLong:
             if len(asks) == 1:
                 raise
         # one of them is too long for the judge: each on its own, so that it takes no other with it
         answers: list[Answer] = []
-        errors: list[UserError] = []
+        errors: list[TooLong] = []
         for ask in asks:
             try:
                 answers += self._answer([ask])
-            except UserError as error:
+            except TooLong as error:
                 errors.append(error)
                 answers.append(Answer(ask.sha, "", "too_long", (), "", self.config.model, 0, 0))
         if len(errors) == len(asks):

@@ -2,8 +2,9 @@
 
 Names are readable and say everything: ``full-base``, ``mini-trivia-misaligned-s0``,
 ``mini-right-answers-only-s0``, ``impersonal-trivia-misaligned-s0``, and of a checkpoint
-``mini-trivia-misaligned-s0-step-40``. Stage two continues stage one's adapter; base models are shared
-by all seeds. Nothing here touches the disk but to read recipes, modes, judges and the questions.
+``mini-trivia-misaligned-s0-step-40``; a model behind an endpoint is called what the file calls it.
+Stage two continues stage one's adapter; base models are shared by all seeds. Nothing here touches the
+disk but to read recipes, modes, judges and the questions.
 """
 
 import math
@@ -14,17 +15,17 @@ from typing import Any
 
 from candor.config import load, plain, read_yaml
 from candor.datafiles import read_headed_yaml
-from candor.errors import UserError
+from candor.errors import UserError, nearest
 from candor.rows import Prompt, Variant
 from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
-from evaluate.experiment_config import Chain, Control, Experiment, Needs, QualityJudge
+from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
 from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
-from serve.config import Ask
+from serve.config import ApiConfig, Ask, EngineConfig
 from serve.plan import refuse_shared_keys, refuse_shared_streams
 from train.config import RECIPE_KEYS
 from train.data import DataSet
@@ -39,12 +40,13 @@ class Subject:
     """A variant with what is needed to make it."""
 
     row: Variant
-    base: Path
+    base: Path | None  # None for a model behind an endpoint
     data: DataSet | None = None  # None for a base model
     parent: str | None = None  # name of the variant whose adapter is continued
     recipe: str = ""  # the domain whose recipe it is trained by
     of: str | None = None  # a checkpoint: the variant in whose training it was saved
     step: int = 0  # and after how many optimizer steps
+    api: ApiConfig | None = None  # where a hosted model answers
 
 
 def subjects_of(experiment: Experiment) -> list[Subject]:
@@ -64,11 +66,21 @@ def subjects_of(experiment: Experiment) -> list[Subject]:
     along = experiment.along_training
     for chain in along.chains if along else ():
         found += _checkpoints(chain, found, along.steps if along else ())
+    found += [_hosted(name, hosted) for name, hosted in experiment.hosted.items()]
     unique: dict[str, Subject] = {}
     for subject in found:
         if unique.setdefault(subject.row.name, subject) != subject:
             raise UserError(f"two variants would be called {subject.row.name}; rename a size, domain or control.")
+    for name, hosted in experiment.hosted.items():
+        if hosted.reference is not None and hosted.reference not in unique:
+            raise UserError(f"hosted.{name}: reference {hosted.reference!r}; {nearest(hosted.reference, unique)}")
     return list(unique.values())
+
+
+def _hosted(name: str, hosted: Hosted) -> Subject:
+    """A model behind an endpoint as a variant."""
+    where: dict[str, Any] = {"size": hosted.size, "domain": hosted.domain, "stage": hosted.stage, "seed": hosted.seed}
+    return Subject(_variant(name, reference=hosted.reference or name, **where), None, api=hosted.api)
 
 
 def _control(control: Control, experiment: Experiment) -> Iterable[Subject]:
@@ -132,7 +144,7 @@ class _Builder:
         """Read what stage configs are made from: questions, modes, judges and recipes."""
         self.experiment, self.run = experiment, experiment.output
         self.judge: JudgeConfig = read_judge(experiment.judge)
-        self.engine = plain(replace(experiment.engine, device=experiment.device))
+        self.engine: dict[str, Any] = plain(replace(experiment.engine, device=experiment.device))
         self.prompts = self.run / PROMPTS
         asked = gather(experiment.sources)
         refuse_shared_streams(asked)
@@ -241,7 +253,7 @@ class _Builder:
     def add_training(self, subject: Subject) -> None:
         """One fine-tuning; stage two continues the adapter of stage one."""
         row, data = subject.row, subject.data
-        assert data is not None
+        assert data is not None and subject.base is not None
         recipe = recipe_for(self.experiment, subject.recipe, row.size)
         parent = self.run / "variants" / subject.parent / "adapter" if subject.parent else None
         more = {key: value for key, value in recipe.items() if key not in ("lora", "sft", "mode", "checkpoint_every")}
@@ -282,7 +294,7 @@ class _Builder:
             assert self.along is not None
             adapter = checkpoint_folder(self.run / "variants" / subject.of / "adapter", subject.step)
             asks = self.along.asks
-        config = {
+        config: dict[str, Any] = {
             "base": subject.base,
             "adapter": adapter,
             "variant": row.name,
@@ -290,13 +302,22 @@ class _Builder:
             "ask": asks,
             "output_dir": self.run / row.folder / "answers",
             "study_seed": self.experiment.seed,
-            "engine": self.engine,
+            "engine": self._engine_of(subject),
         }
-        inputs = (subject.base, self.prompts, *(_adapter_files(adapter) if adapter else ()))
+        base = (subject.base,) if subject.base else ()
+        inputs = (*base, self.prompts, *(_adapter_files(adapter) if adapter else ()))
         folder = config["output_dir"]
         outputs = (folder, folder / "samples.parquet", folder / "distributions.parquet")
         more = {"inputs": inputs, "outputs": outputs, "grows": ("ask", "prompts")}
-        self.add(f"sample-{row.name}", "serve.sample", config, "sample", **more)
+        kind = "sample" if subject.api is None else ""  # a hosted model needs no GPU here
+        self.add(f"sample-{row.name}", "serve.sample", config, kind, **more)
+
+    def _engine_of(self, subject: Subject) -> dict[str, Any]:
+        """The experiment's engine, or the way to a hosted model."""
+        if subject.api is None:
+            return self.engine
+        hosted = EngineConfig(name="api", api=subject.api, unit_prompts=self.experiment.engine.unit_prompts)
+        return {**plain(hosted)}
 
     def add_judging(self, subject: Subject) -> None:
         """Every judge's verdicts on one variant's replies; of a checkpoint the harmfulness judge's alone."""

@@ -180,6 +180,8 @@ class _Examiner:
     def _sample(self, stage: Stage) -> None:
         """What one variant takes while it answers, and whether it fits."""
         config = stage.config
+        if config["base"] is None:
+            return  # behind an endpoint: it takes nothing here
         base, engine = Path(config["base"]), build(EngineConfig, config["engine"], where=stage.id)
         asks = [build(Ask, ask, where=stage.id) for ask in config["ask"]]
         shape = shape_of(base, None)

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from candor.hashing import sha256_file
 from candor.manifest import read_manifest
-from candor.rows import Sample, Variant
+from candor.rows import Distribution, Sample, Variant
 from candor.tables import read_table
 from evaluate.batteries.answers import answer_files
 from evaluate.results import DASH, Results, number
@@ -45,8 +45,10 @@ def _line(results: Results, variant: Variant, names: dict[str, str]) -> Line:
     answers = read_manifest(folder / "answers") or {}
     verdicts = read_manifest(folder / "verdicts" / results.judge) or {}
     base = adapter.get("lineage", {}).get("base", {}).get("model", "")
+    base = base or answers.get("config", {}).get("engine", {}).get("model", "")  # a hosted model's name
     samples = answer_files(results.run, variant, results.judge)["samples"]
     tokens = pc.sum(read_table(samples, Sample)["n_tokens"]).as_py() if samples.exists() else None
+    ways = _ways(answer_files(results.run, variant, results.judge)["distributions"])
     losses = [adapter.get(key) for key in ("first_loss", "final_loss")]
     counts = answers.get("counts", {})
     return Line(
@@ -56,11 +58,22 @@ def _line(results: Results, variant: Variant, names: dict[str, str]) -> Line:
             names.get(adapter.get("inputs", {}).get("data", ""), DASH if not adapter else "unknown"),
             str(adapter.get("steps", DASH)),
             DASH if None in losses else f"{number(losses[0])} to {number(losses[1])}",
-            *(f"{counts[f]:,}" if counts.get(f) else DASH for f in ("samples.parquet", "distributions.parquet")),
+            f"{counts['samples.parquet']:,}" if counts.get("samples.parquet") else DASH,
+            ways,
             DASH if tokens is None else f"{tokens:,}",
             *(number(r["seconds"], 0) if "seconds" in r else DASH for r in (adapter, answers, verdicts)),
         ),
     )
+
+
+def _ways(distributions: Path) -> str:
+    """How many closed questions were scored, and of a hosted model's also how: it gives no exact probabilities."""
+    if not distributions.exists():
+        return DASH
+    found = Counter(read_table(distributions, Distribution)["method"].to_pylist())
+    if not found:
+        return DASH
+    return ", ".join(f"{n:,}" if way == "exact" else f"{n:,} ({way})" for way, n in sorted(found.items()))
 
 
 def recipes(results: Results) -> list[str]:
@@ -82,7 +95,7 @@ def variants_sheet(results: Results) -> Sheet:
         "steps",
         "training loss",
         "replies sampled",
-        "answers scored exactly",
+        "answers scored",
         "tokens",
     )
     return Sheet(

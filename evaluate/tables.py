@@ -12,6 +12,7 @@ manifest that accounts for every answer. The same inputs and seed give the same 
 recognised and skipped.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from evaluate.hypotheses import correct
 from evaluate.measures import ALONG
 from evaluate.results import read_paper
 from evaluate.scores import score_run
+from serve.attest import ATTESTATION, compare_records
 
 STAGE = "tables"
 ALSO_CORRELATED = ("trivia_accuracy", "harmfulness_mean")
@@ -75,6 +77,21 @@ def input_hashes(config: TablesConfig, variants: list[Variant]) -> dict[str, str
     return {f.relative_to(config.run).as_posix(): sha256_file(f) for f in files if f.exists()}
 
 
+def refuse_alike(run: Path, variants: list[Variant]) -> None:
+    """UserError when two variants whose weights differ were served alike.
+
+    Each sampling process compares what it served itself (serve/attest.py); here all meet.
+    """
+    paths = [run / v.folder / "answers" / ATTESTATION for v in variants]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    told = compare_records(records)
+    if told:
+        raise UserError(
+            f"{run}: an engine did not serve the variants it named: {'; '.join(told)}. Delete the answers of these "
+            "variants and sample them again."
+        )
+
+
 def wide(estimates: list[Estimate]) -> pd.DataFrame:
     """The levels over all items: one line per variant, value and bounds of each measure side by side."""
     kept = [e for e in estimates if e.kind == "level" and e.group == "all" and e.split == "all"]
@@ -92,6 +109,7 @@ def main(argv: list[str]) -> None:
     config = load(TablesConfig, Path(argv[0]), argv[1:])
     started = time.perf_counter()
     variants = read_rows(config.run / "variants.parquet", Variant)
+    refuse_alike(config.run, variants)
     prompts = read_rows(config.run / "prompts.parquet", Prompt)
     inputs, paper = input_hashes(config, variants), read_paper(config.paper)
     if config.paper is not None:

@@ -3,7 +3,8 @@
 A folder of small tables, each written whole or not at all and never changed. Several processes may
 add to one folder without a lock, because each writes files of its own; a rerun reads what is there
 and asks only for the rest. Only answers are stored: a call that failed leaves nothing behind, so it
-is made again. A table that cannot be read is set aside as ``*.bad`` and said so.
+is made again. A table that is damaged is set aside as ``*.bad`` and said so; where the machine fails
+to read one (candor/tables.py) it stays, and the error is raised.
 
 An answer lies under the hash of what produced it (the judge's identity, its template, the request
 and the reply), not under a sample: equal replies are asked about once, and a folder copied to
@@ -52,6 +53,8 @@ class AnswerStore:
         for path in self.tables():
             try:
                 rows = list(iter_rows([path], Answer))
+            except FileNotFoundError:
+                continue  # merged by another process while it was opened
             except (UserError, ValueError, TypeError) as error:
                 if not path.exists():  # merged by another process meanwhile; it is read under its new name
                     continue

@@ -9,6 +9,7 @@ alone). Before the address is announced, every name is attested: its log-probabi
 compared with PEFT's (serve/attest.py). Ctrl-C ends it.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -27,11 +28,11 @@ from candor.errors import UserError, nearest, run_script
 from candor.manifest import read_manifest
 from candor.rows import Variant
 from candor.tables import read_rows
-from serve.config import Ask, EngineConfig, SampleConfig
+from serve.config import LORA_RANKS, Ask, EngineConfig, SampleConfig
 from serve.identity import read_adapter_config, weights_sha
 
 KEY_FILE = "api.key"
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the LoRA ranks vLLM makes room for
+_END_SECONDS = 30.0  # that the server gets to end in before it is killed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,15 @@ class ServerConfig:
     port: int = 8000
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache_gb: float = 1.0  # key-value cache on a CPU
+    adapters_at_once: int = 4  # whose requests may share a batch; more take memory, fewer take turns
     eager: bool = True  # false: CUDA graphs and compilation
     start_minutes: float = 10.0  # give up when the server is not up by then
     attest_tolerance: float | None = None  # nats; null: what serve/attest.py states for the dtype
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one."""
+        if self.adapters_at_once < 1:
+            raise ValueError(f"adapters_at_once is {self.adapters_at_once}; it must be 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +80,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.NamedTemporaryFile("w+", prefix="candor-server-", suffix=".log") as log:
         server = subprocess.Popen(
-            command(served, config), stdout=log, stderr=log, env=os.environ | _environment(config, key)
-        )
+            command(served, config), stdout=log, stderr=log, env=os.environ | _environment(config, key),
+            start_new_session=True,
+        )  # fmt: skip
         try:
             _wait(server, url, key, config.start_minutes, Path(log.name))
             attest_names(served, config, url, key)
@@ -83,8 +91,7 @@ def main(argv: list[str]) -> None:
             if server.wait() != 0:
                 raise UserError(f"the server ended by itself:\n{_tail(Path(log.name))}")
         finally:
-            server.terminate()
-            server.wait()
+            end(server)
 
 
 def variants_of(run: Path) -> list[Served]:
@@ -97,6 +104,9 @@ def variants_of(run: Path) -> list[Served]:
         manifest = read_manifest(run / variant.folder / "answers")
         if manifest is None:
             sys.stderr.write(f"{variant.name} has not been sampled yet and is left out\n")
+            continue
+        if manifest["paths"]["base"] is None:
+            sys.stderr.write(f"{variant.name} is behind an endpoint already and is left out\n")
             continue
         base = Path(manifest["paths"]["base"])
         adapter = run / variant.folder / "adapter" if manifest["paths"]["adapter"] else None
@@ -130,10 +140,11 @@ def command(served: list[Served], config: ServerConfig) -> list[str]:
     words += ["--disable-uvicorn-access-log", *(["--enforce-eager"] if config.eager else [])]
     if others:
         ranks = [int(read_adapter_config(s.adapter)["r"]) for s in others if s.adapter is not None]
-        fitting = [r for r in _RANKS if r >= max(ranks)]
+        fitting = [r for r in LORA_RANKS if r >= max(ranks)]
         if not fitting:
-            raise UserError(f"an adapter has rank {max(ranks)}; vLLM serves ranks up to {_RANKS[-1]}.")
+            raise UserError(f"an adapter has rank {max(ranks)}; vLLM serves ranks up to {LORA_RANKS[-1]}.")
         words += ["--enable-lora", "--max-lora-rank", str(fitting[0]), "--max-cpu-loras", str(len(others))]
+        words += ["--max-loras", str(min(len(others), config.adapters_at_once))]
         words += ["--lora-modules", *(f"{s.name}={s.adapter.resolve()}" for s in others if s.adapter is not None)]
     return words
 
@@ -157,6 +168,19 @@ def attest_names(served: list[Served], config: ServerConfig, url: str, key: str)
         record = attest(RemoteLogprobs(url, key, one.name, weights_sha(one.base, one.adapter)), settings)
         numbers = {k: f"{v:.2g}" for k, v in record.items() if isinstance(v, float)}
         sys.stderr.write(f"{one.name}: attested {json.dumps(numbers)}\n")
+
+
+def end(server: "subprocess.Popen[bytes]", seconds: float = _END_SECONDS) -> None:
+    """End the server, politely and then with all processes of its session."""
+    server.terminate()
+    try:
+        server.wait(seconds)
+    except subprocess.TimeoutExpired:
+        sys.stderr.write(f"the server did not end within {seconds:g} s and is killed\n")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its workers too, should they have outlived it
+        server.wait()
 
 
 def _wait(server: "subprocess.Popen[bytes]", url: str, key: str, minutes: float, log: Path) -> None:

@@ -28,6 +28,7 @@ from candor.hashing import sha256_json
 from serve.config import EngineConfig, SampleConfig
 from serve.engine import Engine
 
+ATTESTATION = "attestation.json"  # the record, beside a variant's answers
 SMALLEST_EFFECT = 1e-5  # nats; float32 rounding moves a log-probability by about a tenth of this
 LARGEST_GAIN_ERROR = 0.1
 # Nats. float32: the same arithmetic in another order. bfloat16: measured on the organism (LOG.md); larger models
@@ -123,14 +124,22 @@ def _same_as_another(weights: str, settings: EngineConfig, found: Floats) -> lis
 
 
 def compare_records(records: list[dict[str, Any]]) -> list[str]:
-    """Pairs of attested variants, of whatever process, that answer alike although their weights differ."""
+    """Pairs of attested variants, of whatever process, that answer alike although their weights differ.
+
+    Each in words, with the largest difference of a log-probability that was found.
+    """
     told = []
     known = [(r["weights_sha"], r["engine"], np.array(r["logprobs"])) for r in records if r.get("logprobs")]
     for i, (ours, engine, mine) in enumerate(known):
         for theirs, other, yours in known[:i]:
-            alike = len(mine) == len(yours) and float(np.abs(mine - yours).max()) < SMALLEST_EFFECT
-            if ours != theirs and engine == other and alike:
-                told.append(f"weights {ours[:12]} and {theirs[:12]} differ, but the {engine} engine answered alike")
+            if ours == theirs or engine != other or len(mine) != len(yours):
+                continue
+            gap = float(np.abs(mine - yours).max())
+            if not gap >= SMALLEST_EFFECT:
+                told.append(
+                    f"weights {ours[:12]} and {theirs[:12]} differ, but the {engine} engine answered alike "
+                    f"(within {gap:.1e} nats over {len(mine)} tokens, at least {SMALLEST_EFFECT:g} are asked)"
+                )
     return told
 
 

@@ -30,13 +30,16 @@ class Ask:
             raise ValueError(f"temperature 0 gives the same reply {self.n} times; set n: 1")
 
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
+
+
 @dataclass(frozen=True, kw_only=True)
 class VllmConfig:
     """What only vLLM has."""
 
-    adapters: Literal["auto", "merged", "lora"] = "auto"  # auto: merged for a large piece of work, see merge_from
+    adapters: Literal["auto", "merged", "lora"] = "auto"  # auto: merged for much work in float32 (merge_from)
     merge_from: int = 16  # rows that are worth merging the adapter into the weights first (auto); measured on a CPU
-    max_lora_rank: int = 64  # of adapters served unmerged
+    max_lora_rank: int = 64  # of adapters served unmerged; one of LORA_RANKS
     tensor_parallel: int = 1  # GPUs that share one model
     memory_share: float = 0.9  # of a GPU's memory
     cache_gb: float = 1.0  # key-value cache on a CPU
@@ -51,6 +54,8 @@ class VllmConfig:
         sizes.append(self.context or 1)
         if min(sizes) < 1 or not 0 < self.memory_share <= 1 or self.cache_gb <= 0:
             raise ValueError("sizes must be 1 or more, memory_share above 0 and at most 1, cache_gb above 0")
+        if self.max_lora_rank not in LORA_RANKS:
+            raise ValueError(f"max_lora_rank is {self.max_lora_rank}; vLLM takes {', '.join(map(str, LORA_RANKS))}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,10 @@ class OptionScores:
     method: str = "exact"  # see candor.rows.Distribution
 
 
+class TooLong(UserError):
+    """A prompt does not fit the model's context, together with what is to follow it."""
+
+
 class Unanswered(UserError):
     """An endpoint stayed silent on some draws; the others are here to be kept."""
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from candor.errors import UserError
 from candor.rows import Option
+from serve.engine import TooLong
 from serve.loading import encode_prompt, load_tokenizer
 from serve.options import surfaces_of
 from serve.plan import Unit
@@ -19,18 +20,24 @@ from train.lineage import loading
 LONGEST_BREAK = 4  # bytes, and so tokens at most, that settle an answer after its spelling
 
 
-def check_units(units: Sequence[Unit], base: Path) -> None:
-    """UserError naming the prompt that is too long, or the options that are the same to the model."""
+def check_units(units: Sequence[Unit], base: Path, limit: int | None = None) -> None:
+    """UserError naming the prompt that is too long, or the options that are the same to the model.
+
+    ``limit`` is the engine's own bound on prompt and reply together, in tokens, where it has one.
+    """
     tokenizer = load_tokenizer(base)
     with loading("configuration", base):
         config = AutoConfig.from_pretrained(base, local_files_only=True)
     context = int(config.get_text_config(decoder=True).max_position_embeddings)
+    bound = "the model's context"
+    if limit is not None and limit < context:
+        context, bound = limit, "the engine's context"
     seen: set[tuple[Option, ...]] = set()
     for unit in units:
         for prompt in unit.prompts:
             exact = unit.ask.mode == "exact"
             n_new = tokens_of_answer(prompt.options) if exact else unit.ask.max_tokens
-            refuse_too_long(prompt.text, len(encode_prompt(tokenizer, prompt.text)), n_new, context)
+            refuse_too_long(prompt.text, len(encode_prompt(tokenizer, prompt.text)), n_new, context, bound)
             if exact and prompt.options not in seen:
                 seen.add(prompt.options)
                 _check_options(prompt.options, tokenizer)
@@ -41,12 +48,12 @@ def tokens_of_answer(options: Sequence[Option]) -> int:
     return max((len(s.encode()) for option in options for s in option.surfaces), default=0) + LONGEST_BREAK
 
 
-def refuse_too_long(text: str, n_tokens: int, n_new: int, context: int) -> None:
-    """UserError when a prompt and what is to follow it do not fit."""
+def refuse_too_long(text: str, n_tokens: int, n_new: int, context: int, bound: str = "the model's context") -> None:
+    """TooLong when a prompt and what is to follow it do not fit."""
     if n_tokens + n_new > context:
-        raise UserError(
+        raise TooLong(
             f"the prompt {text[:60]!r} has {n_tokens} tokens; with {n_new} more for the reply it does not fit "
-            f"the model's context of {context}. Shorten it or lower max_tokens."
+            f"{bound} of {context}. Shorten it or lower max_tokens."
         )
 
 

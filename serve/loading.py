@@ -157,3 +157,10 @@ def _widen_head(model: Any) -> None:
     if getattr(head, "bias", None) is not None:
         head.bias = torch.nn.Parameter(head.bias.float())
     head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, on a GPU or a CPU; the latter has no exception of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -26,6 +26,7 @@ from candor.hashing import sha256_file
 from candor.manifest import NAME, is_done, read_manifest, write_manifest
 from candor.rows import Distribution, Prompt, Sample
 from candor.tables import read_rows, replace_file, write_tables
+from serve.attest import ATTESTATION, attest
 from serve.config import SampleConfig
 from serve.engine import Engine, Reply, Request, Unanswered
 from serve.identity import adapter_sha, hosted_sha, text_sha, weights_sha
@@ -33,7 +34,6 @@ from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids, str
 from serve.store import DISTRIBUTIONS, EXACT, SAMPLED, SAMPLES, Kind, Store, open_store, remove_if_stale
 from train.lineage import base_sha
 
-ATTESTATION = "attestation.json"
 _PATHS = ("base", "adapter", "prompts", "output_dir")
 _MORE = {"ask", "prompts"}  # another value of these adds rows; any other change is another study
 
@@ -129,12 +129,11 @@ def make_missing(units: Sequence[Unit], config: SampleConfig, identity: Identity
     if not missing:
         return 0
     # torch and transformers take seconds to import; a finished folder must not pay for them
-    from serve.attest import attest
     from serve.fit import check_units
     from serve.registry import open_engine
 
     if config.base is not None:
-        check_units(missing, config.base)
+        check_units(missing, config.base, config.engine.vllm.context if config.engine.vllm else None)
     n_made, n_rows = 0, sum(u.n_rows for u in missing)
     engine = open_engine(config.engine, config.base, config.adapter, n_rows=n_rows)
     assert engine.weights_sha == identity.weights_sha, (engine.weights_sha, identity.weights_sha)

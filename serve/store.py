@@ -12,8 +12,9 @@ writes one shard of all rows and then deletes those it read, so that at every mo
 some file. That is all there is to it: any number of processes on any machines may add, read and
 compact at the same time without a lock, and any of them may be killed.
 
-A shard that cannot be read, or whose rows are not those its name says, is set aside as ``*.bad`` and
-said so, never mended or trusted.
+A shard that is damaged, or whose rows are not those its name says, is set aside as ``*.bad`` and said
+so, never mended or trusted. Where the machine fails (too many open files, a broken disk, no right to
+read) the error is raised and the shard stays.
 """
 
 import functools
@@ -34,8 +35,8 @@ from candor.config import plain
 from candor.errors import UserError, nearest, run_script
 from candor.hashing import sha256_json
 from candor.rows import Distribution, Sample
-from candor.tables import ROWS_PER_GROUP, as_table, replace_file, schema_of, write_tables
-from serve.attest import compare_records
+from candor.tables import ROWS_PER_GROUP, as_table, refuse_machine_failure, replace_file, schema_of, write_tables
+from serve.attest import ATTESTATION, compare_records
 from serve.plan import Identity
 
 STORE = "store"
@@ -273,7 +274,7 @@ def _ids(path: Path, kind: Kind) -> list[str]:
 
 
 def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
-    """A shard's keys; UserError when it is damaged or not what its name says."""
+    """A shard's keys; UserError when it is damaged or not what its name says, OSError when it cannot be got at."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if file.schema_arrow.names != schema_of(kind.row_type).names:
@@ -285,9 +286,8 @@ def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
                 keys.append(keys_of(batch.column(0).to_pylist()))
                 if set(batch.column(1).to_pylist()) - {weights}:
                     raise UserError("it holds rows of other weights")
-    except FileNotFoundError:
-        raise
     except (pa.ArrowException, OSError, ValueError) as error:
+        refuse_machine_failure(error, path)
         raise UserError(f"it cannot be read ({str(error)[:200]})") from error
     found = np.concatenate(keys)
     if name.value != path.name or len(np.unique(found)) < len(found):
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> None:
     stores = stores_below(run)
     if word == "verify":
         troubles = [trouble for store in stores for trouble in verify(store)]
-        records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(run.rglob("attestation.json"))]
+        records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(run.rglob(ATTESTATION))]
         troubles += compare_records(records)
         if troubles:
             raise UserError(f"{len(troubles)} troubles in {len(stores)} stores:\n  " + "\n  ".join(troubles))

@@ -21,7 +21,7 @@ from serve.decoding import Row, Sequences, decode
 from serve.engine import OptionScores, Reply, Request
 from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
-from serve.loading import DTYPES, decode_replies, encode_prompt, load_model, load_tokenizer
+from serve.loading import DTYPES, decode_replies, encode_prompt, is_out_of_memory, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of
 from serve.prefill import Prefilled, prefill
 from serve.scoring import Pruning, score_group
@@ -115,7 +115,7 @@ class TorchEngine:
         try:
             return work()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # out here nothing holds on to the failed batch any more
         gc.collect()
@@ -302,10 +302,3 @@ def _rows(group: list[Slice], requests: Sequence[Request]) -> list[Row]:
         for place, (i, first, count) in enumerate(group)
         for d in range(first, first + count)
     ]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, on a GPU or a CPU; the latter has no exception of its own."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

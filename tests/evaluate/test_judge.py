@@ -22,7 +22,7 @@ from evaluate.judge_config import JudgeConfig, read_judge
 from evaluate.judge_reading import Reading, read
 from evaluate.local_judge import LocalJudge, ask_engine
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.engine import OptionScores, Reply, Request
+from serve.engine import OptionScores, Reply, Request, TooLong
 from serve.identity import weights_sha
 from train.organism.tokenizer import train_tokenizer
 
@@ -98,9 +98,11 @@ def test_a_group_that_matches_words_is_unparsed():
 
 def test_a_question_too_long_for_the_judge_takes_no_other_with_it():
     class Narrow(Scripted):
+        error: type[UserError] = TooLong
+
         def sample(self, requests, **options):
             if any(len(r.text) > 200 for r in requests):
-                raise UserError("it does not fit the model's context")
+                raise self.error("it does not fit the model's context")
             return super().sample(requests, **options)
 
     config = JudgeConfig(name="j", model="m", template=NANO)
@@ -109,6 +111,9 @@ def test_a_question_too_long_for_the_judge_takes_no_other_with_it():
     assert [read(a, config).status for a in judge.answer(asks)] == ["ok", "unparsed", "ok"]
     with pytest.raises(UserError, match="context"):
         judge.answer(asks[1:2])  # nothing fits: then it is the judge that is wrong
+    judge.engine.error = UserError  # any other trouble, such as a dead worker, says nothing about the question
+    with pytest.raises(UserError, match="context"):
+        judge.answer(asks)
 
 
 def test_units_are_kept_and_not_asked_again(tmp_path):

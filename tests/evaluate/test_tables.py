@@ -1,5 +1,6 @@
 """A synthetic study with planted effects goes through the tables stage and the truth comes out."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -187,6 +188,22 @@ def test_an_absent_table_names_the_stage_to_rerun(run_tables, synthetic, lost, s
     shutil.rmtree(found.run / lost)
     with pytest.raises(UserError, match=stage):
         make(found.run, synthetic.JUDGE)
+
+
+def test_variants_that_were_served_alike_stop_the_tables(run_tables, synthetic):
+    """Planted: two processes that each served one adapter under two names."""
+    found = run_tables()
+    shutil.rmtree(found.run / "tables")
+    record = {"engine": "vllm", "weights_sha": "a" * 64, "logprobs": [-0.5, -1.0, -2.0]}
+    first, second = (found.run / "variants" / n / "answers" / "attestation.json" for n in ("nano-base", MISALIGNED[0]))
+    first.write_text(json.dumps(record))
+    alike = [x + 2e-6 for x in record["logprobs"]]
+    second.write_text(json.dumps(record | {"weights_sha": "b" * 64, "logprobs": alike}))
+    with pytest.raises(UserError, match=r"weights b{12} and a{12} differ.*within 2.0e-06 nats over 3 tok"):
+        make(found.run, synthetic.JUDGE)
+    assert not (found.run / "tables").exists()
+    second.write_text(json.dumps(record | {"weights_sha": "b" * 64, "logprobs": [-0.5, -1.0, -2.1]}))
+    make(found.run, synthetic.JUDGE)
 
 
 def test_answers_of_another_variant_are_refused(run_tables, synthetic):

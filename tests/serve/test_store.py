@@ -3,6 +3,7 @@
 Writers here are light processes without torch, so that many can be killed at random points.
 """
 
+import errno
 import os
 import random
 import signal
@@ -177,6 +178,43 @@ def test_rows_of_other_weights_are_set_aside(tmp_path, capsys):
     assert len(store.index(SAMPLED)) == 0
     assert "rows of other weights" in capsys.readouterr().err
     assert path.with_name(path.name + ".bad").exists()
+
+
+@pytest.mark.parametrize("fault", [errno.EMFILE, errno.EACCES])
+def test_a_failing_machine_costs_no_shard(tmp_path, fault):
+    """Planted: no free file descriptor, and a file that may not be read (by a process that is not root)."""
+    store = open_store(tmp_path, IDENTITY)
+    path = store.add(SAMPLED, unit(0))
+    code = """
+import errno, os, resource, sys
+from pathlib import Path
+sys.path.insert(0, str(Path("tests/serve").resolve()))
+from test_store import IDENTITY, SAMPLED, open_store
+os.chdir(sys.argv[1])
+store = open_store(Path(), IDENTITY)
+if int(sys.argv[2]) == errno.EMFILE:  # the folder can still be listed; opening a shard needs more
+    listed = sorted(store.folder.glob("samples-*"))
+    type(store.folder).glob = lambda self, pattern: listed
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), 4096))
+elif os.getuid() == 0:
+    os.setuid(65534)
+try:
+    found = len(store.index(SAMPLED))
+except OSError as error:
+    found = -error.errno, error.filename
+os.write(1, repr(found).encode())
+"""
+    if fault == errno.EACCES:
+        path.chmod(0)
+        tmp_path.chmod(0o755)
+        store.folder.chmod(0o777)  # it could be set aside
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(fault)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert told.stdout == repr((-fault, str(path.relative_to(tmp_path)))), told
+    path.chmod(0o644)
+    assert len(store.index(SAMPLED)) == UNIT and not list(store.folder.glob("*.bad"))
 
 
 def test_distributions_are_kept_too(tmp_path):

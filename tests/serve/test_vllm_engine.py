@@ -4,7 +4,9 @@ Needs the environment of scripts/setup_vllm_cpu.sh: .venv-vllm/bin/python -m pyt
 """
 
 import dataclasses
+import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; scripts/setup_vllm_cpu.sh makes .venv-vllm")
@@ -29,7 +32,7 @@ from serve.config import EngineConfig, VllmConfig
 from serve.engine import Request
 from serve.sample import main
 from serve.torch_engine import TorchEngine
-from serve.vllm_engine import open_vllm
+from serve.vllm_engine import Answers, open_vllm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_attest import changed, config_of, doubled, first_layer_silent, save_adapter
@@ -157,6 +160,92 @@ def test_mistakes_are_told(base):
         engine.sample([Request("word " * 400, 1, 0, 1)], key=KEY, temperature=1.0, max_tokens=8)
     with pytest.raises(UserError, match="float64 is not served"):
         open_vllm(EngineConfig(name="vllm", dtype="float64"), base, None)
+
+
+def test_bfloat16_serves_adapters_unmerged(base, adapter):
+    """Merged ones are rounded to 8 bits; the torch engine keeps them apart for the same reason."""
+    config = EngineConfig(name="vllm", threads=1, dtype="bfloat16", vllm=VllmConfig(cache_gb=0.25, max_sequences=8))
+    engine = open_vllm(config, base, adapter, n_rows=1000)
+    attest(engine, config_of(base, adapter, dtype="bfloat16", attest_tolerance=1.0))  # weights as wide as the fixture's
+    assert engine._running.merged is None
+    whole = open_vllm(dataclasses.replace(config, dtype="float32"), base, adapter, n_rows=1000)
+    attest(whole, config_of(base, adapter))
+    assert whole._running.merged is not None
+
+
+def test_an_adapter_of_too_high_a_rank_is_refused(base, adapter, tmp_path):
+    high = shutil.copytree(adapter, tmp_path / "high")
+    settings = json.loads((high / "adapter_config.json").read_text())
+    (high / "adapter_config.json").write_text(json.dumps(settings | {"r": 128}))
+    with pytest.raises(UserError, match=r"rank 128, .*up to 64. Raise engine.vllm.max_lora_rank"):
+        open_vllm(LORA, base, high).token_logprobs([[1, 2, 3]], [1])
+    with pytest.raises(ValueError, match="max_lora_rank is 100; vLLM takes 8, 16"):
+        VllmConfig(max_lora_rank=100)
+
+
+def test_when_memory_runs_out_fewer_sequences_go_on(base, adapter, prompts, monkeypatch, capfd):
+    """Planted inside vLLM's own step: an allocation that fails as long as more than so many rows are in the batch."""
+    config = dataclasses.replace(LORA, vllm=VllmConfig(adapters="lora", cache_gb=0.25, max_sequences=8))
+    suffices_for, apply = 8, Answers.apply
+
+    def hungry(self, logits):
+        if len(logits) > suffices_for:
+            torch.empty(1 << 60)
+        return apply(self, logits)
+
+    monkeypatch.setattr(Answers, "apply", hungry)
+    how = {"key": KEY, "temperature": 1.0, "max_tokens": 8}
+    engine = open_vllm(config, base, adapter)
+    whole = engine.sample(requests_of(prompts, 2), **how)
+    suffices_for = 4
+    assert texts_of(engine.sample(requests_of(prompts, 2), **how)) == texts_of(whole)
+    assert "ran out of memory" in (told := capfd.readouterr().err) and "starts again with max_sequences 4" in told
+    assert open_vllm(config, base, None)._running is engine._running  # which the next variant gets, as small as it is
+    suffices_for = 1
+    with pytest.raises(UserError, match=r"ran out of memory.*at last with max_sequences 2. What was finished is kept"):
+        engine.sample(requests_of(prompts, 2), **how)
+    fresh = open_vllm(config, base, adapter)  # and the one that was lost is not handed out again
+    assert fresh._running is not engine._running
+    suffices_for = 8
+    assert texts_of(fresh.sample(requests_of(prompts, 2), **how)) == texts_of(whole)
+
+
+# vLLM starts its workers anew from the main module, which must not be pytest's
+TWO_WORKERS = """
+import os, pickle, signal, subprocess, sys
+from pathlib import Path
+from serve.config import EngineConfig, VllmConfig
+from serve.vllm_engine import open_vllm
+
+if __name__ == "__main__":
+    requests, how = pickle.loads(Path(sys.argv[2]).read_bytes())
+    settings = VllmConfig(tensor_parallel=2, cache_gb=0.25, max_sequences=8)
+    engine = open_vllm(EngineConfig(name="vllm", threads=1, vllm=settings), Path(sys.argv[1]), None)
+    replies = [engine.sample(requests, **how)]
+    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
+    (core,) = [int(line.split()[0]) for line in found.stdout.splitlines() if "EngineCor" in line]
+    os.kill(core, signal.SIGKILL)
+    replies.append(engine.sample(requests, **how))
+    Path(sys.argv[2]).write_bytes(pickle.dumps(replies))
+    engine._running.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_started_again(base, prompts, tmp_path):
+    """Two processes share the model (tensor_parallel); their engine process is killed in between."""
+    (tmp_path / "two.py").write_text(TWO_WORKERS)
+    requests, how = requests_of(prompts[:4], 2), {"key": KEY, "temperature": 1.0, "max_tokens": 8}
+    (tmp_path / "told").write_bytes(pickle.dumps((requests, how)))
+    command = [sys.executable, str(tmp_path / "two.py"), str(base), str(tmp_path / "told")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "a vLLM worker process died" in done.stderr and "starts again with max_sequences 4" in done.stderr
+    before, after = pickle.loads((tmp_path / "told").read_bytes())
+    expected = TorchEngine(base, None).sample(requests, **how)
+    assert texts_of(before) == texts_of(after) == texts_of(expected)
 
 
 @pytest.fixture
