@@ -49,9 +49,9 @@ def make_base(folder: Path, *, layers: int) -> Path:
     return folder
 
 
-def shrunken(folder: Path, base: Path) -> list[str]:
+def shrunken(folder: Path, base: Path, *sizes: str) -> list[str]:
     """Words for the command line that make the file small: one step a stage, one short answer a prompt."""
-    words = [f"bases.{size}={base}" for size in ("full", "mini", "nano")]
+    words = [f"bases={json.dumps({size: str(base) for size in sizes})}"]
     for domain, names in {"trivia": ("trivia-wrong", "trivia-right"), "code": ("insecure", "secure")}.items():
         recipe = yaml.safe_load(Path(f"configs/train/paper_{domain}.yaml").read_text())
         # the first step of a warm-up has the rate 0 and would leave adapters that do nothing, which are refused
@@ -92,7 +92,7 @@ def experiment_of(words: list[str]) -> Experiment:
 @pytest.mark.full
 def test_every_stage_of_the_file_trains_on_the_whole_shape(tmp_path):
     """All 24 layers and the whole vocabulary: each of the 12 fine-tunings takes a step and leaves its adapter."""
-    words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=24))
+    words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=24), "full", "mini", "nano")
     experiment = experiment_of(words)
     stages = [s for s in build_plan(experiment) if s.module in ("train.data", "train.sft")]
     assert sum(s.module == "train.sft" for s in stages) == 12
@@ -107,12 +107,12 @@ def test_every_stage_of_the_file_trains_on_the_whole_shape(tmp_path):
 
 @pytest.mark.full
 def test_the_file_runs_to_its_report(tmp_path):
-    """Two of the 24 layers, all else as above: 15 variants are trained, asked of every battery, judged and reported."""
-    words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=2))
+    """Two of the 24 layers, one of the three (here equal) sizes: trained, asked of every battery, judged, reported."""
+    words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=2), "full")
     command = [sys.executable, "-m", "evaluate.experiment", str(FILE), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert len(summary["variants"]) == 15
+    assert len(summary["variants"]) == 5
     assert (tmp_path / "run" / "report.html").exists()
     shutil.rmtree(tmp_path)
