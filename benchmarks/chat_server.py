@@ -68,6 +68,7 @@ class Script:
     form: str = "{}"  # what is written around the number, e.g. '{{"score": {}}}'
     spread: float = 0.4  # probability of the grade 10 (or, up to 5, 1) lower than the one that is told
     batches_fail: int = 0  # so many lines of a batch come back as errors
+    batches_unpaid: int = 0  # and so many after them, because the account ran empty
 
 
 @dataclass
@@ -292,6 +293,10 @@ class Server:
                 if i < self.script.batches_fail:
                     error = {"code": "batch_expired", "message": "too late"}
                     bad.append({"custom_id": asked["custom_id"], "response": None, "error": error})
+                elif i < self.script.batches_fail + self.script.batches_unpaid:
+                    error = {"code": "insufficient_quota", "message": "You exceeded your current quota."}
+                    response = {"status_code": 429, "body": {"error": error}}
+                    bad.append({"custom_id": asked["custom_id"], "response": response, "error": None})
                 else:
                     response = {"status_code": 200, "body": self.reply(asked["body"])}
                     good.append({"custom_id": asked["custom_id"], "response": response, "error": None})

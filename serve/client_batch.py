@@ -124,8 +124,11 @@ class Batches:
             self.client.ledger.calls += 1
             self.client.ledger.book(0, reply.input_tokens, reply.output_tokens)
             return key, reply
-        if isinstance(status, int) and status not in (401, 402, 403, 404):
-            found = self.client.refused(status, body)
+        if isinstance(status, int):
+            try:
+                found = self.client.refused(status, body)
+            except UserError as error:  # an account that ran empty, say: the batch's other answers are paid for
+                return key, Lost(str(error))
             return key, found if isinstance(found, ChatReply) else Lost(found.reason)
         why = (line.get("error") or {}).get("code")
         return key, Lost(f"batch: {why or status or 'no answer'}")

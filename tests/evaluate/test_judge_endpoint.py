@@ -440,6 +440,17 @@ def test_batches(tmp_path):
     assert stats["calls"] == 30 + 3 + 3 and not list((store / "batches").glob("*.json"))
 
 
+def test_a_batch_whose_account_ran_empty_keeps_what_was_paid_for(tmp_path):
+    write_study(tmp_path, grades_for(12))
+    with serving(Script(batches_unpaid=2)) as server:
+        path = str(write_judge(tmp_path, server.url))
+        with pytest.raises(UserError, match=r"2 of 12 different replies.*You exceeded your current quota"):
+            main([path, "batch=true", "poll_s=0.05"])
+        main([path])
+        assert server.stats()["calls"] == 12 + 2  # only what was missing
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(12)
+
+
 @pytest.mark.full
 def test_killed_at_random_moments(tmp_path):
     grades = grades_for(600)
