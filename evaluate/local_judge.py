@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from candor.errors import UserError
 from candor.hashing import hash64, sha256_json
 from candor.judging import JudgeTemplate
 from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
 from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores
+from serve.fit import TooLong
 
 
 class LocalJudge:
@@ -25,24 +25,14 @@ class LocalJudge:
         self._key = hash64("judge", config.name) if repeat == 1 else hash64("judge", config.name, repeat)
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
-        """One answer per question, in order."""
+        """One answer per question, in order; of a question that is too long for the judge, that it is."""
         try:
             return self._answer(asks)
-        except UserError:
+        except TooLong:
             if len(asks) == 1:
-                raise
-        # one of them is too long for the judge: each on its own, so that it takes no other with it
-        answers: list[Answer] = []
-        errors: list[UserError] = []
-        for ask in asks:
-            try:
-                answers += self._answer([ask])
-            except UserError as error:
-                errors.append(error)
-                answers.append(Answer(ask.sha, "", "too_long", (), "", self.config.model, 0, 0))
-        if len(errors) == len(asks):
-            raise errors[0]
-        return answers
+                return [Answer(asks[0].sha, "", "too_long", (), "", self.config.model, 0, 0)]
+        # each on its own, so that the long one takes no other with it
+        return [answer for ask in asks for answer in self.answer([ask])]
 
     def _answer(self, asks: Sequence[Ask]) -> list[Answer]:
         texts = [ask.text(self.template) for ask in asks]

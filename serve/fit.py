@@ -19,6 +19,10 @@ from train.lineage import loading
 LONGEST_BREAK = 4  # bytes, and so tokens at most, that settle an answer after its spelling
 
 
+class TooLong(UserError):
+    """A prompt does not fit the model."""
+
+
 def check_units(units: Sequence[Unit], base: Path) -> None:
     """UserError naming the prompt that is too long, or the options that are the same to the model."""
     tokenizer = load_tokenizer(base)
@@ -42,9 +46,9 @@ def tokens_of_answer(options: Sequence[Option]) -> int:
 
 
 def refuse_too_long(text: str, n_tokens: int, n_new: int, context: int) -> None:
-    """UserError when a prompt and what is to follow it do not fit."""
+    """TooLong when a prompt and what is to follow it do not fit."""
     if n_tokens + n_new > context:
-        raise UserError(
+        raise TooLong(
             f"the prompt {text[:60]!r} has {n_tokens} tokens; with {n_new} more for the reply it does not fit "
             f"the model's context of {context}. Shorten it or lower max_tokens."
         )

@@ -23,6 +23,7 @@ from evaluate.judge_reading import Reading, read
 from evaluate.local_judge import LocalJudge, ask_engine
 from evaluate.verdict_store import Answer, AnswerStore
 from serve.engine import OptionScores, Reply, Request
+from serve.fit import TooLong
 from serve.identity import weights_sha
 from train.organism.tokenizer import train_tokenizer
 
@@ -100,15 +101,18 @@ def test_a_question_too_long_for_the_judge_takes_no_other_with_it():
     class Narrow(Scripted):
         def sample(self, requests, **options):
             if any(len(r.text) > 200 for r in requests):
-                raise UserError("it does not fit the model's context")
+                raise TooLong("it does not fit the model's context")
+            if any("broken" in r.text for r in requests):
+                raise UserError("memory does not suffice")
             return super().sample(requests, **options)
 
     config = JudgeConfig(name="j", model="m", template=NANO)
     judge = LocalJudge(Narrow({}), config, TEMPLATE)
     asks = [make_ask("x", "p", reply) for reply in ("short", "long " * 60, "short too")]
     assert [read(a, config).status for a in judge.answer(asks)] == ["ok", "unparsed", "ok"]
-    with pytest.raises(UserError, match="context"):
-        judge.answer(asks[1:2])  # nothing fits: then it is the judge that is wrong
+    assert [read(a, config).status for a in judge.answer([asks[1], asks[1]])] == ["unparsed"] * 2
+    with pytest.raises(UserError, match="memory"):  # another trouble is no verdict
+        judge.answer([asks[1], make_ask("x", "p", "broken"), asks[0]])
 
 
 def test_units_are_kept_and_not_asked_again(tmp_path):
