@@ -172,14 +172,9 @@ def _ask(
     ledger: Ledger,
 ) -> dict[str, str]:
     """Put to the judge what the store lacks; what got no answer and why."""
-    known = set()
-    for answer in store.read():
-        known.add(answer.ask_sha)
-        if judge.price is not None:
-            ledger.spent += judge.price.of(answer.input_tokens, answer.output_tokens, batch=config.batch)
-    missing = [ask for sha, ask in asks.items() if sha not in known]
     if judge.in_process:
-        if missing:
+        known = {answer.ask_sha for answer in store.read()}
+        if not asks.keys() <= known:
             from evaluate.local_judge import LocalJudge, ask_engine
             from serve.registry import open_engine  # loads torch
 
@@ -191,9 +186,9 @@ def _ask(
 
     distant = EndpointJudge(judge, template, store, ledger)
     if config.batch:
-        distant.ask_in_batches(missing, poll_s=config.poll_s)
-    elif missing:
-        distant.ask_all(missing)
+        distant.ask_in_batches(list(asks.values()), poll_s=config.poll_s)
+    else:
+        distant.ask_all(list(asks.values()))
     return distant.lost
 
 

@@ -1,6 +1,7 @@
 """The judge stage against a real HTTP server on loopback that behaves, or misbehaves on a script."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -300,6 +301,46 @@ def test_the_budget_stops_the_run_and_counts_earlier_ones(tmp_path, whole, capsy
     assert len(verdicts_of(tmp_path)) == 80
     said = capsys.readouterr().err
     assert "80 calls to judge-model" in said and "at most about $" in said and "min in all" in said
+
+
+@pytest.mark.parametrize("how", [[], ["batch=true", "poll_s=0.05"]])
+def test_processes_that_share_a_store_ask_once_and_share_the_budget(tmp_path, how):
+    def both(budget: float) -> list[int | None]:
+        """Two variants with the same replies, judged at the same time; how the processes ended."""
+        words = [path, f"store={store}", f"budget={budget}", *how]
+        processes = [
+            multiprocessing.get_context("fork").Process(target=main, args=([*words, f"output_dir={tmp_path}/{v}"],))
+            for v in ("a", "b")
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes]
+
+    store = tmp_path / "verdicts" / "far" / "answers"
+    write_study(tmp_path, grades_for(60))
+    with serving(Script(latency_s=0.02)) as server:
+        price = {"input": 100.0, "output": 1000.0}
+        path = str(write_judge(tmp_path, server.url, price=price, endpoint={"concurrency": 4}))
+        assert both(0.2) == [1, 1] and stored(tmp_path)[1] <= 0.2
+        assert both(50) == [0, 0] and stored(tmp_path)[0] == 60
+        stats = server.stats()
+    assert set(stats["tries"].values()) == {1} and len(stats["tries"]) == 60 and stats["most_at_once"] <= 4
+    for variant in ("a", "b"):
+        rows = read_rows(tmp_path / variant / "verdicts.parquet", Verdict)
+        assert [v.score for v in rows] == grades_for(60)
+
+
+def test_what_follow_ups_cost_is_stored(tmp_path, split):
+    write_study(tmp_path, [85, 34])
+    endpoint = {"continue_body": {"continue_final_message": True, "add_generation_prompt": False}}
+    parse = r'^\s*\{"score": (\d+)\}\s*$'
+    price = {"input": 100.0, "output": 1000.0}
+    judge = {"endpoint": endpoint, "parse": parse, "answer_prefix": '{"score": ', "price": price}
+    main([str(write_judge(tmp_path, split.url, **judge))])
+    record = read_manifest(tmp_path / "verdicts" / "far")
+    assert record["calls"] > 2 and stored(tmp_path)[1] == pytest.approx(record["dollars"])
 
 
 def test_the_rate_is_kept(tmp_path):
