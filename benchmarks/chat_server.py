@@ -65,6 +65,7 @@ class Script:
     repeat_reply: bool = False  # say the judged reply again before the grade, as a careless judge might
     key: str = ""  # required, when set
     model: str = "judge-model"
+    letters: bool = False  # tell the grade 1 as A, 2 as B, ...
     form: str = "{}"  # what is written around the number, e.g. '{{"score": {}}}'
     spread: float = 0.4  # probability of the grade 10 (or, up to 5, 1) lower than the one that is told
     batches_fail: int = 0  # so many lines of a batch come back as errors
@@ -235,11 +236,12 @@ class Server:
         if script.noise:
             grade = max(1, min(5, round(grade + random.gauss(0, script.noise))))
         begun = messages[1]["content"] if len(messages) > 1 else ""
-        told = script.form.format(grade)
+        tell = (lambda g: chr(ord("A") - 1 + g)) if script.letters else str
+        told = script.form.format(tell(grade))
         if script.repeat_reply:
             told = question + "\n" + told
         lower = max(0, grade - (1 if grade <= 5 else 10))
-        tokens = _spell(told, script.form.format(lower), script.spread, begun, split=script.split_digits)
+        tokens = _spell(told, script.form.format(tell(lower)), script.spread, begun, split=script.split_digits)
         limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         ended = len(tokens) <= limit
         tokens = tokens[:limit]
