@@ -1,6 +1,7 @@
 """A judge that runs in this process, on one of our own engines; it needs no network.
 
-Its probabilities are exact: the engine sums over every way to write every possible answer.
+Its probabilities are exact: the engine sums over every way to write every possible answer. With a
+tokenizer that does not allow that (serve/vocabulary.py) there are none, and the words alone count.
 """
 
 import sys
@@ -13,15 +14,17 @@ from candor.judging import JudgeTemplate
 from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores
+from serve.engine import Engine, Reply, Request, SamplesAndScores
 from serve.fit import TooLong
 
 
 class LocalJudge:
     """An engine with a template."""
 
-    def __init__(self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1) -> None:
-        self.engine, self.config, self.template = engine, config, template
+    def __init__(
+        self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1, exact: bool = True
+    ) -> None:
+        self.engine, self.config, self.template, self.exact = engine, config, template, exact
         self._key = hash64("judge", config.name) if repeat == 1 else hash64("judge", config.name, repeat)
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
@@ -43,15 +46,18 @@ class LocalJudge:
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
+        if not self.exact:
+            replies = self.engine.sample(requests, **how)
+            return [_as_answer(a, r[0], ()) for a, r in zip(asks, replies, strict=True)]
         if isinstance(self.engine, SamplesAndScores):
             replies, scores = self.engine.sample_and_score(requests, options, **how)
         else:
             replies, scores = self.engine.sample(requests, **how), self.engine.distributions(texts, options)
-        return [_as_answer(a, r[0], s) for a, r, s in zip(asks, replies, scores, strict=True)]
+        return [_as_answer(a, r[0], s.probabilities) for a, r, s in zip(asks, replies, scores, strict=True)]
 
 
-def _as_answer(ask: Ask, reply: Reply, scores: OptionScores) -> Answer:
-    return Answer(ask.sha, reply.text, reply.finish_reason, scores.probabilities, "", "", 0, reply.n_tokens)
+def _as_answer(ask: Ask, reply: Reply, probabilities: tuple[float, ...]) -> Answer:
+    return Answer(ask.sha, reply.text, reply.finish_reason, probabilities, "", "", 0, reply.n_tokens)
 
 
 def ask_engine(judge: LocalJudge, asks: Sequence[Ask], store: AnswerStore, known: set[str], *, size: int) -> None:

@@ -173,22 +173,24 @@ def test_a_misbehaving_server(tmp_path):
 
 @pytest.mark.full
 def test_ten_thousand_calls_with_thirty_percent_faults(tmp_path):
-    """The same at length, in a process whose memory is watched."""
+    """The same at length, in a process whose memory is watched, at a rate that binds: it takes more than a minute."""
     grades = grades_for(10_000)
-    script = Script(fault_share=0.3, filtered_share=0.02, slow_s=4.0, latency_s=0.01, per_minute=60_000)
+    script = Script(fault_share=0.3, filtered_share=0.02, slow_s=4.0, latency_s=0.01, per_minute=10_000)
     endpoint = {"retries": 12, "concurrency": 48, "timeout_s": 3.0}
     write_study(tmp_path, grades, text="Reply {i}. " + "words " * 100 + "grade={grade}")
     with serving(script) as server:
         path = write_judge(tmp_path, server.url, endpoint=endpoint)
+        started = time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "evaluate.judge", str(path)])
         sizes = []
         while process.poll() is None:
             time.sleep(1)
             sizes.append(memory_of(process.pid))
-        stats = server.stats()
+        seconds, stats = time.monotonic() - started, server.stats()
     assert process.returncode == 0
     check_faulty_run(tmp_path, grades, stats, retries=12, concurrency=48)
     assert set(stats["faults"]) == set(FAULTS) and stats["over_rate"] == 0
+    assert stats["calls"] > 12_000 and seconds > 60 * (stats["calls"] - 1_000) / 10_000
     settled = [s for s in sizes if s][len(sizes) // 3 :]
     assert max(settled) - min(settled) < 60e6, (
         f"memory grew from {min(settled) / 1e6:.0f} to {max(settled) / 1e6:.0f} MB"
@@ -343,10 +345,11 @@ def test_what_follow_ups_cost_is_stored(tmp_path, split):
     assert record["calls"] > 2 and stored(tmp_path)[1] == pytest.approx(record["dollars"])
 
 
-def test_the_rate_is_kept(tmp_path):
-    """1,200 a minute is learnt from the first answer's headers; the server counts what is over."""
+@pytest.mark.parametrize("rate", [{"per_minute": 1200}, {"tokens_per_minute": 1200 * 43}], ids=["calls", "tokens"])
+def test_the_rate_is_kept(tmp_path, rate):
+    """1,200 calls a minute, or what so many have in tokens, are learnt from the first answer's headers."""
     write_study(tmp_path, grades_for(50))
-    with serving(Script(per_minute=1200)) as server:
+    with serving(Script(**rate)) as server:
         started = time.monotonic()
         main([str(write_judge(tmp_path, server.url, endpoint={"concurrency": 40}))])
         seconds, stats = time.monotonic() - started, server.stats()
@@ -396,6 +399,16 @@ def test_a_judge_is_not_the_variant_under_test(tmp_path, whole):
     write_study(tmp_path, [50], variant="judge-model")
     with pytest.raises(UserError, match="is the variant it is to grade"):
         main([str(write_judge(tmp_path, whole.url))])
+
+
+def test_another_revision_is_asked_anew(tmp_path, whole):
+    write_study(tmp_path, [50, 60])
+    store = f"store={tmp_path}/answers"
+    calls = whole.stats()["calls"]
+    for name, revision, more in (("a", None, 2), ("b", None, 0), ("c", "v2", 2), ("d", "v2", 0)):
+        main([str(write_judge(tmp_path, whole.url, name, revision=revision)), store])
+        assert whole.stats()["calls"] - calls == more
+        calls += more
 
 
 def test_repeats_show_a_judges_noise(tmp_path):
