@@ -16,7 +16,7 @@ import yaml
 from benchmarks.chat_server import Script, serving
 from candor.errors import UserError
 from candor.rows import Prompt, Sample, Variant, Verdict
-from candor.tables import write_rows
+from candor.tables import read_rows, write_rows
 from evaluate.agreement import BIAS, INFLATION, ITSELF, KAPPA, REPEAT_SD, Pairs, agreement, compare
 from evaluate.calibrate import CalibrateConfig, as_text, calibrate, noise
 from evaluate.golden import read_golden
@@ -146,6 +146,8 @@ def test_a_judge_that_prefers_a_place_in_the_list_is_seen(tmp_path):
         report = calibrate(write_judge(tmp_path, server.url, **judge), config)
     assert report["hit_rate"][0] == 1  # which alone looks well
     assert report["position"]["other_choice"][0] == 1 and report["position"]["first_both_times"] == 6
+    reversed_ = read_rows(tmp_path / "out" / "far" / "reversed" / "verdicts" / "verdicts.parquet", Verdict)
+    assert {v.score for v in reversed_} == {1.0}  # the first letter stands for the other option now
     assert "options reversed        another choice 100 %" in as_text(report)
     attacked = (tmp_path / "out" / "far" / "attacked.jsonl").read_text()
     assert "score: B" in attacked and "score: A" not in attacked
