@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
 def rows_of(report: dict[str, Any]) -> list[tuple[Any, ...]]:
     """A report as rows (measure, group, value, low, high, n)."""
     rows = [_share("hit_rate", "all", report["hit_rate"])]
-    rows += [_share("hit_rate", kind, share) for kind, share in report["hit_rate_by_kind"].items()]
+    kinds = report["hit_rate_by_kind"].items()
+    rows += [_share("hit_rate", kind, share) for kind, share in kinds if kind != "all"]
     rows += [_row(name, *found) for name, found in report["against_the_middle"].items()]
     rows += [_share("flips_at", threshold, share) for threshold, share in report["flips_at"].items()]
     if "position" in report:
