@@ -79,6 +79,8 @@ class Seen:
     calls: int = 0
     most_at_once: int = 0
     over_rate: int = 0
+    first_at: float = 0.0  # seconds on the server's clock
+    last_at: float = 0.0
     turned_away: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     tries: Counter[str] = field(default_factory=Counter)  # by question
@@ -214,6 +216,7 @@ class Server:
         while self._times and self._times[0][0] < now - 60:
             self._times.popleft()
         self._times.append((now, tokens))
+        self.seen.first_at, self.seen.last_at = self.seen.first_at or now, now
         calls, used = len(self._times), sum(t for _, t in self._times) if script.tokens_per_minute else 0.0
         over = bool(script.per_minute and calls > script.per_minute)
         over |= bool(script.tokens_per_minute and used > script.tokens_per_minute)

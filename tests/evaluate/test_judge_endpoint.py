@@ -350,11 +350,11 @@ def test_the_rate_is_kept(tmp_path, rate):
     """1,200 calls a minute, or what so many have in tokens, are learnt from the first answer's headers."""
     write_study(tmp_path, grades_for(50))
     with serving(Script(**rate)) as server:
-        started = time.monotonic()
         main([str(write_judge(tmp_path, server.url, endpoint={"concurrency": 40}))])
-        seconds, stats = time.monotonic() - started, server.stats()
+        stats = server.stats()
     assert stats["over_rate"] == 0 and stats["calls"] == 50
-    assert 1.2 < seconds < 15  # 50 calls at 20 a second, less the second's worth that may go at once
+    # at 20 a second, less the second's worth that may go at once
+    assert stats["last_at"] - stats["first_at"] > 1.2
 
 
 def test_equal_replies_are_asked_once_and_judges_do_not_disturb_each_other(tmp_path, whole):
