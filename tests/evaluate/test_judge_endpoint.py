@@ -345,16 +345,16 @@ def test_what_follow_ups_cost_is_stored(tmp_path, split):
     assert record["calls"] > 2 and stored(tmp_path)[1] == pytest.approx(record["dollars"])
 
 
-@pytest.mark.parametrize("rate", [{"per_minute": 1200}, {"tokens_per_minute": 1200 * 43}], ids=["calls", "tokens"])
+@pytest.mark.parametrize("rate", [{"per_minute": 300}, {"tokens_per_minute": 300 * 43}], ids=["calls", "tokens"])
 def test_the_rate_is_kept(tmp_path, rate):
-    """1,200 calls a minute, or what so many have in tokens, are learnt from the first answer's headers."""
-    write_study(tmp_path, grades_for(50))
+    """300 calls a minute, or what so many have in tokens, are learnt from the first answer's headers."""
+    write_study(tmp_path, grades_for(25))
     with serving(Script(**rate)) as server:
         main([str(write_judge(tmp_path, server.url, endpoint={"concurrency": 40}))])
         stats = server.stats()
-    assert stats["over_rate"] == 0 and stats["calls"] == 50
-    # at 20 a second, less the second's worth that may go at once
-    assert stats["last_at"] - stats["first_at"] > 1.2
+    assert stats["over_rate"] == 0 and stats["calls"] == 25
+    # at 5 a second, less the second's worth that may go at once
+    assert stats["last_at"] - stats["first_at"] > 3.0
 
 
 def test_equal_replies_are_asked_once_and_judges_do_not_disturb_each_other(tmp_path, whole):
