@@ -305,7 +305,8 @@ def test_the_budget_stops_the_run_and_counts_earlier_ones(tmp_path, whole, capsy
     assert "80 calls to judge-model" in said and "at most about $" in said and "min in all" in said
 
 
-@pytest.mark.parametrize("how", [[], ["batch=true", "poll_s=0.05"]])
+# the second process comes while the first one's batch is under way
+@pytest.mark.parametrize("how", [[], ["batch=true", "poll_s=1.5"]])
 def test_processes_that_share_a_store_ask_once_and_share_the_budget(tmp_path, how):
     def both(budget: float) -> list[int | None]:
         """Two variants with the same replies, judged at the same time; how the processes ended."""
