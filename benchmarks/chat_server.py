@@ -65,9 +65,11 @@ class Script:
     repeat_reply: bool = False  # say the judged reply again before the grade, as a careless judge might
     key: str = ""  # required, when set
     model: str = "judge-model"
+    letters: bool = False  # tell the grade 1 as A, 2 as B, ...
     form: str = "{}"  # what is written around the number, e.g. '{{"score": {}}}'
     spread: float = 0.4  # probability of the grade 10 (or, up to 5, 1) lower than the one that is told
     batches_fail: int = 0  # so many lines of a batch come back as errors
+    batches_unpaid: int = 0  # and so many after them, because the account ran empty
 
 
 @dataclass
@@ -77,6 +79,8 @@ class Seen:
     calls: int = 0
     most_at_once: int = 0
     over_rate: int = 0
+    first_at: float = 0.0  # seconds on the server's clock
+    last_at: float = 0.0
     turned_away: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     tries: Counter[str] = field(default_factory=Counter)  # by question
@@ -212,6 +216,7 @@ class Server:
         while self._times and self._times[0][0] < now - 60:
             self._times.popleft()
         self._times.append((now, tokens))
+        self.seen.first_at, self.seen.last_at = self.seen.first_at or now, now
         calls, used = len(self._times), sum(t for _, t in self._times) if script.tokens_per_minute else 0.0
         over = bool(script.per_minute and calls > script.per_minute)
         over |= bool(script.tokens_per_minute and used > script.tokens_per_minute)
@@ -234,11 +239,12 @@ class Server:
         if script.noise:
             grade = max(1, min(5, round(grade + random.gauss(0, script.noise))))
         begun = messages[1]["content"] if len(messages) > 1 else ""
-        told = script.form.format(grade)
+        tell = (lambda g: chr(ord("A") - 1 + g)) if script.letters else str
+        told = script.form.format(tell(grade))
         if script.repeat_reply:
             told = question + "\n" + told
         lower = max(0, grade - (1 if grade <= 5 else 10))
-        tokens = _spell(told, script.form.format(lower), script.spread, begun, split=script.split_digits)
+        tokens = _spell(told, script.form.format(tell(lower)), script.spread, begun, split=script.split_digits)
         limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or 16)
         ended = len(tokens) <= limit
         tokens = tokens[:limit]
@@ -292,6 +298,10 @@ class Server:
                 if i < self.script.batches_fail:
                     error = {"code": "batch_expired", "message": "too late"}
                     bad.append({"custom_id": asked["custom_id"], "response": None, "error": error})
+                elif i < self.script.batches_fail + self.script.batches_unpaid:
+                    error = {"code": "insufficient_quota", "message": "You exceeded your current quota."}
+                    response = {"status_code": 429, "body": {"error": error}}
+                    bad.append({"custom_id": asked["custom_id"], "response": response, "error": None})
                 else:
                     response = {"status_code": 200, "body": self.reply(asked["body"])}
                     good.append({"custom_id": asked["custom_id"], "response": response, "error": None})

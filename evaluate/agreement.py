@@ -209,6 +209,8 @@ def with_known_grades(run: Path, judge: str, *, draws: int, seed: int) -> list[E
         raise UserError(f"{verdicts} does not exist. Run the judge stage (python -m evaluate.judge) on {golden} first.")
     known = read_table(golden, Graded).select(["sample_id", "prompt", "grade"]).to_pandas()
     said = read_table(verdicts, Verdict).select(["sample_id", "score"]).to_pandas()
+    if known.empty:  # a golden set of ranges
+        return []
     both = known.merge(said, on="sample_id", how="left", validate="one_to_one").dropna(subset=["score"])
     n_missing = len(known) - len(both)
     if both.empty:
@@ -242,7 +244,7 @@ def with_known_grades(run: Path, judge: str, *, draws: int, seed: int) -> list[E
 
 def read_labels(path: Path) -> pd.DataFrame:
     """People's labels: a CSV with columns sample_id and label; a label that is no number is a missing score."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a mark before the first column
         rows = list(csv.DictReader(file))
         if rows and not {"sample_id", "label"} <= set(rows[0]):
             raise UserError(f"{path}: expected columns sample_id and label, found {', '.join(map(str, rows[0]))}.")

@@ -5,8 +5,10 @@
 Reported: how often the judge is within the range that people would agree on (hit rate, by kind of
 reply), quadratic kappa and bias against the middle of that range, how often it lands on the other
 side of a threshold, how far a reply that talks to the judge sways it, and, with ``repeats=5``, its
-noise and what that noise does to a worst of ten. Nothing here is a pass mark: the numbers are for
-the reader of a study. Answers are kept, so that running it again asks only what is new.
+noise and what that noise does to a worst of ten. A judge that names the closest of listed options is
+also asked with the options in reverse order, which shows whether it prefers a place in the list.
+Nothing here is a pass mark: the numbers are for the reader of a study. Answers are kept, so that
+running it again, with other keys or another golden set, asks only what is new.
 """
 
 import json
@@ -27,6 +29,7 @@ from candor.datafiles import read_jsonl
 from candor.errors import UserError, run_script
 from candor.hashing import hash64
 from candor.judging import read_template
+from candor.manifest import NAME as MANIFEST
 from candor.rows import Verdict
 from candor.tables import read_rows, replace_file
 from evaluate.agreement import KNOWN, Pairs, compare, thresholds
@@ -111,6 +114,8 @@ def calibrate(path: Path, config: CalibrateConfig) -> dict[str, Any]:
         "golden": str(golden),
         **measured(cases, judge.name, spans, draws=config.draws, seed=config.seed),
     }
+    if has_options(judge):
+        report["position"] = _position(path, judge, cases, out, config)
     if config.attacks is not None and config.attacked:
         report["sway"] = _sway(path, judge, cases, out, config, spans)
     if config.repeats > 1:
@@ -122,14 +127,20 @@ def calibrate(path: Path, config: CalibrateConfig) -> dict[str, Any]:
     return report
 
 
+def has_options(judge: JudgeConfig) -> bool:
+    """Whether the judge names one of a closed question's options."""
+    return read_template(judge.template).has_options
+
+
 def _span(judge: JudgeConfig) -> tuple[float, float]:
-    return (0.0, 1.0) if read_template(judge.template).has_options else judge.span
+    return (0.0, 1.0) if has_options(judge) else judge.span
 
 
 def _ask(
     path: Path, golden: Path, items: Sequence[GoldenItem], folder: Path, config: CalibrateConfig, *, repeat: int = 1
 ) -> list[Case]:
     """Put a golden file to the judge; its items with the verdicts."""
+    (folder / "verdicts" / MANIFEST).unlink(missing_ok=True)  # more items, or another way of reading; answers are kept
     judge_replies(
         JudgingConfig(
             judge=path,
@@ -208,9 +219,6 @@ def _sway(
     assert config.attacks is not None
     low_is_best = judge.measure == "harmfulness"
     best = span[0] if low_is_best else span[1]
-    wanted = next((label for label, value in judge.choices.items() if value == best), f"{best:g}")
-    if read_template(judge.template).has_options:
-        wanted = "A"
     middle = (span[0] + span[1]) / 2
     plain = [c for c in cases if c.item.reply.strip() and c.item.kind not in ("talks to the judge", "over-long")]
     far = [c for c in plain if c.graded and (c.item.grade > middle) == low_is_best and c.item.grade != middle]
@@ -220,7 +228,7 @@ def _sway(
     for attack in attacks:
         text = Template(attack["text"])
         for case in chosen:
-            reply = text.safe_substitute(reply=case.item.reply, wanted=wanted)
+            reply = text.safe_substitute(reply=case.item.reply, wanted=_wanted(judge, case.item, best))
             items.append(replace(case.item, id=f"{attack['id']}/{case.item.id}", reply=reply))
     golden = out / "attacked.jsonl"
     _write_golden(golden, items, judge.measure)
@@ -238,7 +246,41 @@ def _sway(
             "crossed": sum(any((a >= t) != (b >= t) for t in thresholds(span)) for a, b in both),
             "no_score": len(pairs) - len(both),
         }
-    return {"towards": wanted, "replies": len(chosen), "attacks": found}
+    return {"towards": best, "replies": len(chosen), "attacks": found}
+
+
+def _wanted(judge: JudgeConfig, item: GoldenItem, best: float) -> str:
+    """What an attack asks the judge to answer: its word, number or letter for the best score."""
+    answers = judge.answers(item.options)
+    return min(answers, key=lambda answer: abs(answer.value - best)).label
+
+
+def _position(
+    path: Path, judge: JudgeConfig, cases: Sequence[Case], out: Path, config: CalibrateConfig
+) -> dict[str, Any]:
+    """What the judge says when the options are listed the other way round."""
+    graded = [c for c in cases if "ok" in c.item.statuses]
+    items = [replace(c.item, options=c.item.options[::-1]) for c in graded]
+    golden = out / "reversed.jsonl"
+    _write_golden(golden, items, judge.measure)
+    pairs = [
+        (_place(before), _place(after))
+        for before, after in zip(graded, _ask(path, golden, items, out / "reversed", config), strict=True)
+    ]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return {
+        "other_choice": _share([a + b != last for (a, last), (b, _) in both]),
+        "first_both_times": sum(a == b == 0 for (a, _), (b, _) in both),
+        "last_both_times": sum(a == b == last for (a, last), (b, _) in both),
+        "no_score": len(pairs) - len(both),
+    }
+
+
+def _place(case: Case) -> tuple[int, int] | None:
+    """Which of the listed options the judge named, and the last one's place; None when it named none."""
+    values = [option.value for option in case.item.options]
+    score = case.verdict.score
+    return None if score is None else (values.index(score), len(values) - 1)
 
 
 def _write_golden(path: Path, items: Sequence[GoldenItem], measure: str) -> None:
@@ -293,9 +335,15 @@ def as_text(report: dict[str, Any]) -> str:
         f"  status                  {report['status']}",
         f"  probabilities           {report['method']}, covered {_number(report['mean_covered'])} on average",
     ]
+    if "position" in report:
+        p = report["position"]
+        lines.append(
+            f"  options reversed        another choice {_percent(p['other_choice'])}; the first both times "
+            f"{p['first_both_times']}, the last {p['last_both_times']}, no score {p['no_score']}"
+        )
     if "sway" in report:
         lines.append(
-            f"  sway towards {report['sway']['towards']} over {report['sway']['replies']} replies (points of the scale)"
+            f"  sway towards {report['sway']['towards']:g} over {report['sway']['replies']} replies (in points)"
         )
         for name, s in report["sway"]["attacks"].items():
             lines.append(

@@ -1,5 +1,9 @@
 """A judge behind an HTTP endpoint: many questions at a time, stored as the answers come in.
 
+One process at a time asks with a store: whoever shares it (a study's variants do) waits, and then asks
+what is still missing, so that every question is asked once and the budget and the number of calls at
+a time hold for all together.
+
 The first question goes alone. It shows within seconds whether the key, the model's name and the
 endpoint are right, what a call takes and which rates are allowed; then the rest follows. Where the
 endpoint can go on from a begun answer, numbers whose pieces the first call did not show are asked
@@ -12,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from candor.errors import UserError
 from candor.judging import JudgeTemplate
@@ -20,8 +25,9 @@ from evaluate.judge_config import JudgeConfig
 from evaluate.judge_reading import odds
 from evaluate.verdict_store import Answer, AnswerStore
 from serve.client import ChatClient, ChatReply, Lost, Settings
-from serve.client_batch import Batches
+from serve.client_batch import Batches, Record
 from serve.ledger import Ledger
+from train.claim import Check, claimed
 
 FLUSH_ANSWERS, FLUSH_SECONDS = 500, 5.0  # what a kill can cost
 MOST_FOLLOWED, FOLLOWED_MASS = 24, 0.002  # begun numbers that are followed up, and how likely one must be
@@ -39,16 +45,32 @@ class EndpointJudge:
         self.settings = Settings(config.model, config.temperature, config.max_tokens, config.seed)
         self.lost: dict[str, str] = {}  # what stayed without an answer, and why
         self._ready: list[Answer] = []
+        self._check: Check = lambda: None  # whether the store is still ours
         self._flushed = time.monotonic()
         self._in_a_row = 0
         self._stop: UserError | None = None
 
     def ask_all(self, asks: Sequence[Ask]) -> None:
-        """Ask everything; afterwards the store has the answers and ``lost`` the rest.
+        """Ask what the store lacks; afterwards it has the answers and ``lost`` the rest.
 
         Raises UserError for what a person must mend, after storing what was answered.
         """
-        asyncio.run(self._ask_all(asks))
+        with claimed(self.store.folder, wait=True) as self._check:
+            missing = self._missing(asks)
+            if missing:
+                asyncio.run(self._ask_all(missing))
+
+    def _missing(self, asks: Sequence[Ask]) -> list[Ask]:
+        """What the store does not hold; the ledger then says what its answers have cost."""
+        known = set()
+        self.ledger.spent = 0.0
+        for answer in self.store.read():
+            known.add(answer.ask_sha)
+            if self.ledger.price is not None:
+                self.ledger.spent += self.ledger.price.of(
+                    answer.input_tokens, answer.output_tokens, batch=self.ledger.batch
+                )
+        return [ask for ask in asks if ask.sha not in known]
 
     async def _ask_all(self, asks: Sequence[Ask]) -> None:
         self._say_before(asks)
@@ -99,8 +121,7 @@ class EndpointJudge:
         reply = await client.ask(text)
         evidence = _evidence(reply) if isinstance(reply, ChatReply) else {}
         if isinstance(reply, ChatReply) and evidence and self.endpoint.continue_body is not None:
-            more = await self._follow(client, ask, text, reply, evidence)
-            reply = more or reply
+            reply = await self._follow(client, ask, text, reply, evidence)
         if isinstance(reply, Lost):
             self.lost[ask.sha] = reply.reason
             self._in_a_row += 1
@@ -110,21 +131,29 @@ class EndpointJudge:
 
     async def _follow(
         self, client: ChatClient, ask: Ask, text: str, reply: ChatReply, evidence: dict[str, dict[str, float]]
-    ) -> Lost | None:
-        """Ask how begun numbers go on, likeliest first, until all that matter are known; Lost when a call is."""
+    ) -> ChatReply | Lost:
+        """Ask how begun numbers go on, likeliest first, until all that matter are known; Lost when a call is.
+
+        The reply comes back with the tokens of all its calls.
+        """
         possible = self.config.answers(ask.options)
         for _ in range(MOST_FOLLOWED):
             found = odds(evidence, reply.text, self.config, possible)
             if found is None or not found.unknown or found.unknown[0][1] < FOLLOWED_MASS:
-                return None
+                break
             begun = found.unknown[0][0]
             more = await client.ask(text, prefill=begun)
             if isinstance(more, Lost):
                 return more
+            reply = replace(
+                reply,
+                input_tokens=reply.input_tokens + more.input_tokens,
+                output_tokens=reply.output_tokens + more.output_tokens,
+            )
             if not more.tokens:
-                return None
+                break
             evidence[begun] = _kept(more.tokens[0].odds)
-        return None
+        return reply
 
     def _keep(self, answer: Answer) -> None:
         self._ready.append(answer)
@@ -134,42 +163,60 @@ class EndpointJudge:
     def _flush(self) -> None:
         self.store.add(self._ready)
         self._ready, self._flushed = [], time.monotonic()
+        self._check()
 
     def ask_in_batches(self, asks: Sequence[Ask], *, poll_s: float) -> None:
-        """The same through the batch API; batches of an earlier, killed run are collected first."""
+        """The same through the batch API; batches of a killed run, or of another process, are collected too.
+
+        The store is claimed while questions are handed in and while answers are stored, not in the hours between.
+        """
         asyncio.run(self._ask_in_batches(asks, poll_s))
 
     async def _ask_in_batches(self, asks: Sequence[Ask], poll_s: float) -> None:
         async with ChatClient(self.endpoint, self.settings, self.ledger) as client:
             batches = Batches(client, self.store.folder / "batches", poll_s=poll_s)
+            reasons_: dict[str, str] = {}
+            handed_in: set[str] = set()  # by this process; each question once
             try:
-                open_asks = {ask.sha: ask for ask in asks}
-                await self._collect(batches, open_asks)
-                if open_asks:
-                    self._say_before(list(open_asks.values()))
-                    texts = [(sha, ask.text(self.template)) for sha, ask in open_asks.items()]
-                    for _, text in texts:
-                        self.ledger.reserve(self.ledger.expect(len(text.encode()), self.config.max_tokens)[1])
-                    await batches.submit(texts)
-                    await self._collect(batches, open_asks)
-                for sha in open_asks:
-                    self.lost.setdefault(sha, "no answer in the batch")
+                while True:
+                    with claimed(self.store.folder, wait=True):
+                        open_asks = {ask.sha: ask for ask in self._missing(asks)}
+                        await self._hand_in(batches, open_asks, handed_in)
+                        ours = [record for record in batches.pending() if not open_asks.keys().isdisjoint(record.keys)]
+                    if not ours:
+                        break
+                    for record in ours:
+                        reasons_ |= await self._collect(batches, record)
+                self.lost = {sha: reasons_.get(sha, "no answer in the batch") for sha in open_asks}
             finally:
                 await batches.close()
 
-    async def _collect(self, batches: Batches, open_asks: dict[str, Ask]) -> None:
-        """Store the answers of every batch that was handed in."""
-        for record in batches.pending():
-            answers = []
-            for sha, reply in await batches.collect(record):
-                if isinstance(reply, Lost):
-                    self.lost[sha] = reply.reason
-                else:
-                    answers.append(as_answer(sha, reply, _evidence(reply)))
-                    self.lost.pop(sha, None)
-                    open_asks.pop(sha, None)
-            self.store.add(answers)
-            batches.forget(record)
+    async def _hand_in(self, batches: Batches, open_asks: dict[str, Ask], handed_in: set[str]) -> None:
+        """Hand in what is open and in no batch yet, as far as the budget allows it beside the pending batches."""
+        pending = batches.pending()
+        self.ledger.reserved = sum(record.dollars for record in pending)
+        waited_for = handed_in.union(*(record.keys for record in pending))
+        new = [ask for sha, ask in open_asks.items() if sha not in waited_for]
+        if not new:
+            return
+        self._say_before(new)
+        questions = []
+        for ask in new:
+            text = ask.text(self.template)
+            dollars = self.ledger.expect(len(text.encode()), self.config.max_tokens)[1]
+            self.ledger.reserve(dollars)
+            questions.append((ask.sha, text, dollars))
+        await batches.submit(questions)
+        handed_in |= {ask.sha for ask in new}
+
+    async def _collect(self, batches: Batches, record: Record) -> dict[str, str]:
+        """Wait for a batch and store its answers; why the others got none."""
+        found = await batches.collect(record)
+        with claimed(self.store.folder, wait=True):
+            if record.path.exists():  # else another process has stored them meanwhile
+                self.store.add([as_answer(key, r, _evidence(r)) for key, r in found if isinstance(r, ChatReply)])
+                batches.forget(record)
+        return {key: reply.reason for key, reply in found if isinstance(reply, Lost)}
 
     def _say_before(self, asks: Sequence[Ask]) -> None:
         """Estimate calls, tokens and money before anything is asked."""

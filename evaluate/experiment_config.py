@@ -135,6 +135,8 @@ class Experiment:
     )  # recipe keys of one base, e.g. {full: {quantize: nf4}}
     judge: Path  # configs/evaluate/judges/*.yaml
     judge_budget: float | None = None  # US dollars for each judge behind an endpoint; null: no bound
+    judge_batch: bool = False  # ask judges behind an endpoint through its batch API: hours, at half price
+    judge_tolerate: float = 0.0  # share of a variant's different replies that such a judge may leave unanswered
     second_judges: tuple[SecondJudge, ...] = ()  # whose agreement with the judge is reported
     golden: Path | None = None  # replies of known grade, to measure the judge with
     coherence: QualityJudge | None = None  # null: replies are not filtered by coherence
@@ -170,6 +172,8 @@ class Experiment:
                 raise UserError(f"asks: format {way[0]!r} is {way[3]} twice; an experiment scores one such way.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
+        if not 0 <= self.judge_tolerate < 1:
+            raise UserError(f"judge_tolerate is {self.judge_tolerate:g}; it must be from 0 to below 1.")
         if self.draws < 100 or self.worst_of < 1:
             raise UserError(f"draws is {self.draws} and worst_of {self.worst_of}; at least 100 and 1 are needed.")
         if not 0 < self.equivalence_margin < 1:

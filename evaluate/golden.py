@@ -36,6 +36,11 @@ class GoldenItem:
         """The middle of the range."""
         return (self.low + self.high) / 2
 
+    @property
+    def known(self) -> bool:
+        """Whether there is one right score, a whole number, and not a range that people would agree on."""
+        return "ok" in self.statuses and self.low == self.high and self.low.is_integer()
+
 
 def read_golden(path: Path, measure: str = "harmfulness") -> list[GoldenItem]:
     """The items of a file that say something about ``measure``; UserError with the line for what is wrong."""

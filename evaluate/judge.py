@@ -14,7 +14,7 @@ about replies that are not plainly one of the options. A judge never grades its 
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,23 @@ from candor.rows import Graded, Option, Prompt, Sample, Verdict
 from candor.tables import read_rows, read_table, write_rows
 from evaluate.golden import read_golden
 from evaluate.judge_ask import Ask, make_ask
-from evaluate.judge_config import GOLDEN, REPEAT, VERDICTS, WHICH, JudgeConfig, JudgingConfig, Subsample, read_judge
+from evaluate.judge_config import (
+    GOLDEN,
+    REPEAT,
+    VERDICTS,
+    WHICH,
+    JudgeConfig,
+    JudgingConfig,
+    Subsample,
+    read_judge,
+    refuse_hosted,
+)
 from evaluate.judge_reading import Reading, read
 from evaluate.verdict_store import AnswerStore
 from serve.identity import text_sha, weights_sha
 from serve.ledger import Ledger
 from serve.options import parse
+from serve.vocabulary import can_enumerate
 
 EMPTY = "(empty reply: not put to the judge)"
 _NOT_WORDS = {
@@ -42,7 +53,7 @@ _NOT_WORDS = {
 }
 # Keys of a judge that decide how its answers are read, not what it answers.
 _READING = ("measure", "parse", "refusal", "words", "min_covered")
-_UNSAID = ("name", "model", "endpoint", "template", "price", "golden")
+_UNSAID = ("name", "model", "endpoint", "revision", "template", "price", "golden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,7 @@ class Asked:
     total: int
     questions: list[Question]
     left_out: dict[str, int]
+    golden: dict[str, int] = field(default_factory=dict)  # how many of a golden set have a known grade
 
 
 def main(argv: list[str]) -> None:
@@ -80,6 +92,7 @@ def judge_replies(config: JudgingConfig) -> None:
     """One run of the stage; does nothing when it is done."""
     started = time.monotonic()
     judge = read_judge(config.judge)
+    refuse_hosted(judge, config.engine)
     template = read_template(judge.template)
     inputs = _inputs(config, judge, template)
     asking = sha256_json(_asking(judge, config, inputs))
@@ -125,6 +138,7 @@ def judge_replies(config: JudgingConfig) -> None:
             "asking_sha": asking,
             "different_replies": len(asks),
             "unanswered": len(lost),
+            **asked.golden,
             **_account(judge, verdicts, ledger),
         },
     )
@@ -172,28 +186,25 @@ def _ask(
     ledger: Ledger,
 ) -> dict[str, str]:
     """Put to the judge what the store lacks; what got no answer and why."""
-    known = set()
-    for answer in store.read():
-        known.add(answer.ask_sha)
-        if judge.price is not None:
-            ledger.spent += judge.price.of(answer.input_tokens, answer.output_tokens, batch=config.batch)
-    missing = [ask for sha, ask in asks.items() if sha not in known]
     if judge.in_process:
-        if missing:
+        known = {answer.ask_sha for answer in store.read()}
+        if not asks.keys() <= known:
             from evaluate.local_judge import LocalJudge, ask_engine
+            from serve.loading import load_tokenizer
             from serve.registry import open_engine  # loads torch
 
             engine = open_engine(config.engine, Path(judge.model), None)
-            local = LocalJudge(engine, judge, template, repeat=config.repeat)
+            exact = can_enumerate(load_tokenizer(Path(judge.model)))
+            local = LocalJudge(engine, judge, template, repeat=config.repeat, exact=exact)
             ask_engine(local, list(asks.values()), store, known, size=config.engine.unit_prompts)
         return {}
     from evaluate.endpoint_judge import EndpointJudge  # loads openai
 
     distant = EndpointJudge(judge, template, store, ledger)
     if config.batch:
-        distant.ask_in_batches(missing, poll_s=config.poll_s)
-    elif missing:
-        distant.ask_all(missing)
+        distant.ask_in_batches(list(asks.values()), poll_s=config.poll_s)
+    else:
+        distant.ask_all(list(asks.values()))
     return distant.lost
 
 
@@ -239,6 +250,7 @@ def _asking(judge: JudgeConfig, config: JudgingConfig, inputs: dict[str, str]) -
         }
     return common | {
         "model": judge.model,
+        **({"revision": judge.revision} if judge.revision else {}),
         "seed": judge.seed,
         "top_logprobs": judge.endpoint.top_logprobs,
         "extra_body": judge.endpoint.extra_body,
@@ -305,13 +317,13 @@ def _refuse_own(table: Any, judge: JudgeConfig, weights: str | None) -> None:
 
 
 def _golden(config: JudgingConfig, judge: JudgeConfig) -> Asked:
-    """The golden set as questions; its table is written beside the judges' folders."""
+    """The golden set as questions; those whose grade is known make a table beside the judges' folders."""
     assert config.golden is not None
     items = read_golden(config.golden, judge.measure)
-    rows = [Graded(i.id, i.prompt, i.reply, round(i.grade)) for i in items if "ok" in i.statuses]
+    rows = [Graded(i.id, i.prompt, i.reply, int(i.low)) for i in items if i.known]
     write_rows(config.output_dir.parent / GOLDEN, Graded, rows)
     questions = [Question(item.id, item.prompt, item.reply, item.options) for item in items]
-    return Asked(len(items), questions, {})
+    return Asked(len(items), questions, {}, {"known_grades": len(rows), "no_known_grade": len(items) - len(rows)})
 
 
 def _verdicts(

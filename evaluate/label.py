@@ -102,7 +102,7 @@ class Labels:
         self._lock = Lock()
         self.given: dict[str, str] = {}
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
                 self.given = {row["sample_id"]: row["label"] for row in csv.DictReader(file)}
 
     def add(self, sample_id: str, label: str) -> None:

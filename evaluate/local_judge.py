@@ -1,6 +1,7 @@
 """A judge that runs in this process, on one of our own engines; it needs no network.
 
-Its probabilities are exact: the engine sums over every way to write every possible answer.
+Its probabilities are exact: the engine sums over every way to write every possible answer. With a
+tokenizer that does not allow that (serve/vocabulary.py) there are none, and the words alone count.
 """
 
 import sys
@@ -13,35 +14,27 @@ from candor.judging import JudgeTemplate
 from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores, TooLong
+from serve.engine import Engine, Reply, Request, SamplesAndScores, TooLong
 
 
 class LocalJudge:
     """An engine with a template."""
 
-    def __init__(self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1) -> None:
-        self.engine, self.config, self.template = engine, config, template
+    def __init__(
+        self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1, exact: bool = True
+    ) -> None:
+        self.engine, self.config, self.template, self.exact = engine, config, template, exact
         self._key = hash64("judge", config.name) if repeat == 1 else hash64("judge", config.name, repeat)
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
-        """One answer per question, in order."""
+        """One answer per question, in order; of a question that is too long for the judge, that it is."""
         try:
             return self._answer(asks)
         except TooLong:
             if len(asks) == 1:
-                raise
-        # one of them is too long for the judge: each on its own, so that it takes no other with it
-        answers: list[Answer] = []
-        errors: list[TooLong] = []
-        for ask in asks:
-            try:
-                answers += self._answer([ask])
-            except TooLong as error:
-                errors.append(error)
-                answers.append(Answer(ask.sha, "", "too_long", (), "", self.config.model, 0, 0))
-        if len(errors) == len(asks):
-            raise errors[0]
-        return answers
+                return [Answer(asks[0].sha, "", "too_long", (), "", self.config.model, 0, 0)]
+        # each on its own, so that the long one takes no other with it
+        return [answer for ask in asks for answer in self.answer([ask])]
 
     def _answer(self, asks: Sequence[Ask]) -> list[Answer]:
         texts = [ask.text(self.template) for ask in asks]
@@ -52,15 +45,18 @@ class LocalJudge:
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
         }
+        if not self.exact:
+            replies = self.engine.sample(requests, **how)
+            return [_as_answer(a, r[0], ()) for a, r in zip(asks, replies, strict=True)]
         if isinstance(self.engine, SamplesAndScores):
             replies, scores = self.engine.sample_and_score(requests, options, **how)
         else:
             replies, scores = self.engine.sample(requests, **how), self.engine.distributions(texts, options)
-        return [_as_answer(a, r[0], s) for a, r, s in zip(asks, replies, scores, strict=True)]
+        return [_as_answer(a, r[0], s.probabilities) for a, r, s in zip(asks, replies, scores, strict=True)]
 
 
-def _as_answer(ask: Ask, reply: Reply, scores: OptionScores) -> Answer:
-    return Answer(ask.sha, reply.text, reply.finish_reason, scores.probabilities, "", "", 0, reply.n_tokens)
+def _as_answer(ask: Ask, reply: Reply, probabilities: tuple[float, ...]) -> Answer:
+    return Answer(ask.sha, reply.text, reply.finish_reason, probabilities, "", "", 0, reply.n_tokens)
 
 
 def ask_engine(judge: LocalJudge, asks: Sequence[Ask], store: AnswerStore, known: set[str], *, size: int) -> None:

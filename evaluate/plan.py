@@ -4,7 +4,8 @@ Names are readable and say everything: ``full-base``, ``mini-trivia-misaligned-s
 ``mini-right-answers-only-s0``, ``impersonal-trivia-misaligned-s0``, and of a checkpoint
 ``mini-trivia-misaligned-s0-step-40``; a model behind an endpoint is called what the file calls it.
 Stage two continues stage one's adapter; base models are shared by all seeds. Nothing here touches the
-disk but to read recipes, modes, judges and the questions.
+disk but to read recipes, modes, judges and the questions, and to see which labels and verdicts somebody
+has put into the run folder.
 """
 
 import math
@@ -20,7 +21,7 @@ from candor.rows import Prompt, Variant
 from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
-from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge
+from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge, refuse_hosted
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
@@ -182,9 +183,13 @@ class _Builder:
             unclear = dict.fromkeys(a.battery for m in by_paper for a in m.asks if a.format in NAMED_OPTIONS)
             judging[experiment.closest] = tuple(battery for battery in unclear if battery is not None)
         seconds = [s.judge for s in experiment.second_judges if s.judge not in judging]
-        names = [read_judge(path).name for path in (*judging, *seconds)]
+        judges = [read_judge(path) for path in (*judging, *seconds)]
+        names = [judge.name for judge in judges]
         if len(set(names)) < len(names):
             raise UserError(f"two judges of this study have one name ({', '.join(sorted(names))}); rename one.")
+        for judge in judges:
+            refuse_hosted(judge, experiment.engine)
+            self._refuse_own(judge)
         refusals = experiment.refusals
         design = Design(
             modes=self.modes,
@@ -196,6 +201,20 @@ class _Builder:
             refusals=tuple(read_headed_yaml(refusals)["openings"]) if refusals else (),
         )
         return design, judging
+
+    def _refuse_own(self, judge: JudgeConfig) -> None:
+        """UserError when a judge is one of the models under test: it would grade its own replies."""
+        controls = {c.size: c.base for c in self.experiment.controls if c.base is not None}
+        for size, base in {**self.experiment.bases, **controls}.items():
+            if judge.in_process:
+                same = Path(judge.model).resolve() == base.resolve()
+            else:
+                same = Path(judge.model).name == base.name
+            if same:
+                raise UserError(
+                    f"the judge {judge.name} is the model under test {size} ({base}); it would grade its own replies. "
+                    f"Choose a judge of another family (configs/evaluate/judges/), or leave {size} out of the study."
+                )
 
     def _check_draws(self, asked: Sequence[Prompt]) -> None:
         """The paper's harmfulness is the worst of k replies, so k must be drawn."""
@@ -374,7 +393,13 @@ class _Builder:
         """Judges that cost money share their answers between variants, and their budget."""
         if judge.in_process:
             return {}
-        return {"store": self.run / "judge_answers" / judge.name, "budget": self.experiment.judge_budget}
+        experiment = self.experiment
+        return {
+            "store": self.run / "judge_answers" / judge.name,
+            "budget": experiment.judge_budget,
+            **({"batch": True} if experiment.judge_batch else {}),
+            **({"tolerate": experiment.judge_tolerate} if experiment.judge_tolerate else {}),
+        }
 
     def add_golden(self) -> None:
         """The judge's verdicts on replies of known grade."""
@@ -382,15 +407,23 @@ class _Builder:
         if golden is None:
             return
         folder = self.run / "golden" / self.judge.name
-        config = {"golden": golden, "judge": self.experiment.judge, "output_dir": folder, "engine": self.engine}
+        config = {
+            "golden": golden,
+            "judge": self.experiment.judge,
+            "output_dir": folder,
+            "engine": self.engine,
+            **self._at_endpoint(self.judge),
+        }
         inputs = (golden, *_judge_files(self.experiment.judge, self.judge))
         outputs = (folder, folder / VERDICTS, folder.parent / GOLDEN)
-        self.add(f"golden-{self.judge.name}", "evaluate.judge", config, "judge", inputs=inputs, outputs=outputs)
+        more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
+        self.add(f"golden-{self.judge.name}", "evaluate.judge", config, "judge", **more)
 
     def add_results(self) -> None:
         """Tables of scores and estimates, then the report."""
         experiment, run = self.experiment, self.run
         answers = [p for s in self.stages if s.module in ("serve.sample", "evaluate.judge") for p in s.outputs]
+        by_hand = {*run.glob("labels/*.csv"), *run.glob(f"variants/*/verdicts/*/{VERDICTS}")} - set(answers)
         self.add(
             "tables",
             "evaluate.tables",
@@ -408,6 +441,7 @@ class _Builder:
                 run / VARIANTS,
                 run / DESIGN,
                 *answers,
+                *sorted(by_hand),
                 *((experiment.paper,) if experiment.paper else ()),
             ),
             outputs=(run / "tables", *(run / "tables" / f"{t}.parquet" for t in ("scores", "estimates", "hypotheses"))),

@@ -22,6 +22,7 @@ from candor.questions import load_all
 from evaluate.experiment_config import KINDS, Experiment
 from evaluate.hardware import Hardware, here
 from evaluate.judge_config import read_judge
+from evaluate.modes import all_asks
 from evaluate.plan import build_plan
 from evaluate.preflight_findings import GIB, Findings, Serving, Training, lines
 from evaluate.stages import Stage
@@ -43,7 +44,6 @@ from train.footprint import (
 from train.sources import DATA, known_file, names
 
 USAGE = "usage: python -m evaluate.experiment EXPERIMENT.yaml --preflight [--hardware PROFILE.yaml] [key=value ...]"
-_JUDGE_PROMPT_TOKENS = 400  # of a judge's template around a question and its reply: a rubric with examples
 
 
 def main(argv: Sequence[str]) -> int:
@@ -203,10 +203,14 @@ class _Examiner:
         shape = shape_of(base, None)
         hours = None
         if not self.cpu and self.hardware.flops:
-            tokens = sum(
-                self.questions[ask.format].prompts * ask.n * (ask.max_tokens + _JUDGE_PROMPT_TOKENS)
-                for ask in self.experiment.asks
+            around = len(judge.template.read_bytes()) / BYTES_PER_TOKEN + judge.max_tokens
+            share = (stage.config.get("subsample") or {}).get("share", 1.0)
+            most = self.experiment.max_tokens or sys.maxsize
+            tokens = share * sum(
+                questions.prompts * ask.n * (questions.mean_tokens + min(ask.max_tokens, most) + around)
+                for ask in all_asks(self.experiment.read_modes())
                 if ask.format == "free" and "samples" in stage.config
+                for questions in [self.questions[ask.format]]
             )
             hours = 2.0 * shape.parameters * tokens / self.hardware.flops / 3600
         host = host_bytes(shape, engine, adapter=False)

@@ -9,6 +9,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ _MARK = "candor_batch"  # metadata key by which a batch is found again
 Found = tuple[str, ChatReply | Lost]  # a question's key and how it ended
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A batch that was handed in, or was about to be, and is not collected yet."""
+
+    path: Path
+    mark: str
+    batch: str | None  # its id at the endpoint, once that is known
+    keys: tuple[str, ...]  # of its questions
+    dollars: float  # that it costs at most
+
+
 class Batches:
     """The batches of one store; ``folder`` holds one small JSON file for each that is not collected yet."""
 
@@ -41,42 +53,51 @@ class Batches:
             http_client=httpx2.AsyncClient(transport=httpx2.AsyncHTTPTransport(proxy=endpoint.route())),
         )
 
-    def pending(self) -> list[Path]:
-        """Records of batches that were handed in, or were about to be."""
-        return sorted(self.folder.glob("*.json"))
+    def pending(self) -> list[Record]:
+        """The batches of all who share the store."""
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Record(path, values["mark"], values["batch"], tuple(values["keys"]), values["dollars"]))
+        return found
 
-    async def submit(self, questions: Sequence[tuple[str, str]]) -> None:
-        """Hand in (key, text) questions, in as many batches as it takes."""
-        for lines in _cut(json.dumps(self._line(key, text)) for key, text in questions):
+    async def submit(self, questions: Sequence[tuple[str, str, float]]) -> None:
+        """Hand in questions (key, text, dollars it costs at most), in as many batches as it takes."""
+        first = 0
+        for lines in _cut(json.dumps(self._line(key, text)) for key, text, _ in questions):
+            part = questions[first : first + len(lines)]
+            first += len(lines)
             mark = sha256_json(lines)[:32]
-            self._note(mark, None)
-            await self._hand_in(mark, ("\n".join(lines) + "\n").encode())
+            keys, dollars = tuple(key for key, _, _ in part), sum(most for _, _, most in part)
+            record = Record(self.folder / f"{mark}.json", mark, None, keys, dollars)
+            self._note(record)
+            await self._hand_in(record, ("\n".join(lines) + "\n").encode())
 
     def _line(self, key: str, text: str) -> dict[str, Any]:
         body = self.client.body(text)
         return {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
-    def _note(self, mark: str, batch_id: str | None) -> None:
-        replace_file(self.folder / f"{mark}.json", json.dumps({"mark": mark, "batch": batch_id}).encode())
+    def _note(self, record: Record) -> None:
+        values = {"mark": record.mark, "batch": record.batch, "keys": record.keys, "dollars": record.dollars}
+        replace_file(record.path, json.dumps(values).encode())
 
-    async def _hand_in(self, mark: str, data: bytes) -> None:
+    async def _hand_in(self, record: Record, data: bytes) -> None:
         try:
             file = await self.openai.files.create(file=("judging.jsonl", data), purpose="batch")
             batch = await self.openai.batches.create(
                 input_file_id=file.id,
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
-                metadata={_MARK: mark},
+                metadata={_MARK: record.mark},
             )
         except openai.APIError as error:
             raise self._told(error) from error
-        self._note(mark, batch.id)
+        self._note(replace(record, batch=batch.id))
 
-    async def collect(self, record: Path) -> list[Found]:
+    async def collect(self, record: Record) -> list[Found]:
         """Wait for one batch and read its answers; the record stays until ``forget``."""
-        noted = json.loads(record.read_text(encoding="utf-8"))
         try:
-            batch_id = noted["batch"] or await self._find(noted["mark"])
+            batch_id = record.batch or await self._find(record.mark)
             if batch_id is None:  # killed before it was handed in: its questions are simply still open
                 return []
             batch = await self.openai.batches.retrieve(batch_id)
@@ -93,9 +114,9 @@ class Batches:
         except openai.APIError as error:
             raise self._told(error) from error
 
-    def forget(self, record: Path) -> None:
+    def forget(self, record: Record) -> None:
         """The batch's answers are stored."""
-        record.unlink(missing_ok=True)
+        record.path.unlink(missing_ok=True)
 
     async def _find(self, mark: str) -> str | None:
         """The id of a batch that was handed in though its record does not say so."""
@@ -124,8 +145,11 @@ class Batches:
             self.client.ledger.calls += 1
             self.client.ledger.book(0, reply.input_tokens, reply.output_tokens)
             return key, reply
-        if isinstance(status, int) and status not in (401, 402, 403, 404):
-            found = self.client.refused(status, body)
+        if isinstance(status, int):
+            try:
+                found = self.client.refused(status, body)
+            except UserError as error:  # an account that ran empty, say: the batch's other answers are paid for
+                return key, Lost(str(error))
             return key, found if isinstance(found, ChatReply) else Lost(found.reason)
         why = (line.get("error") or {}).get("code")
         return key, Lost(f"batch: {why or status or 'no answer'}")

@@ -65,8 +65,8 @@ class Engine(Protocol):
     ) -> list[list[Reply]]:
         """Replies per request, in order. ``key`` is the 64-bit hash of (study seed, variant, purpose).
 
-        temperature 0 takes the most probable token. Raises UserError for a prompt that does not
-        fit the model's context, and Unanswered where an endpoint gave some replies and not all.
+        temperature 0 takes the most probable token. Raises TooLong (serve/fit.py) for a prompt that
+        does not fit the model's context, and Unanswered where an endpoint gave some replies and not all.
         """
         ...
 

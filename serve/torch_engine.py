@@ -19,7 +19,7 @@ from candor.rows import Option
 from serve.attest import teacher_forced
 from serve.decoding import Row, Sequences, decode
 from serve.engine import OptionScores, Reply, Request
-from serve.fit import refuse_too_long, tokens_of_answer
+from serve.fit import TooLong, refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
 from serve.loading import DTYPES, decode_replies, encode_prompt, is_out_of_memory, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of
@@ -191,7 +191,7 @@ class TorchEngine:
         window = window_of(self.model.config)
         for text, ids, n in zip(texts, prompts, needed, strict=True):
             if window is not None and len(ids) + n > window:
-                raise UserError(
+                raise TooLong(
                     f"the prompt {text[:60]!r} has {len(ids)} tokens, more than exact scoring can take in a model "
                     f"whose attention reaches back {window}. Shorten it or ask with mode: sampled."
                 )
@@ -255,7 +255,7 @@ class TorchEngine:
         return teacher_forced(self.model, list(sequences), list(starts))
 
     def _encode(self, text: str, n_new: int) -> list[int]:
-        """Token ids of a prompt; UserError when it and ``n_new`` tokens do not fit the context."""
+        """Token ids of a prompt; TooLong when it and ``n_new`` tokens do not fit the context."""
         ids = encode_prompt(self.tokenizer, text)
         refuse_too_long(text, len(ids), n_new, self._context)
         return ids

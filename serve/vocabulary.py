@@ -45,6 +45,11 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
 
 
+def can_enumerate(tokenizer: Any) -> bool:
+    """Whether every way to spell an answer can be enumerated: whether the tokenizer is a byte-level one."""
+    return '"ByteLevel"' in _decoder_state(tokenizer)
+
+
 class Vocabulary:
     """The bytes of every token id a model can produce."""
 
@@ -74,7 +79,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Any, *, size: int, end_ids: Collection[int]) -> "Vocabulary":
         """The vocabulary of a byte-level tokenizer for a model with ``size`` logits; UserError for other kinds."""
-        if '"ByteLevel"' not in _decoder_state(tokenizer):
+        if not can_enumerate(tokenizer):
             raise UserError(
                 f"{tokenizer.name_or_path}: exact answer distributions need a byte-level tokenizer (Qwen, Llama 3), "
                 f"this one is {type(tokenizer).__name__}. Ask with mode: sampled instead."

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from candor.errors import UserError
 from candor.judging import make_template
@@ -63,13 +65,15 @@ def ruled(answers: dict[str, str], pairs: list[tuple[str, str]], **options) -> l
     ("answer", "status", "score"),
     [
         ("4", "ok", 4.0),
-        ("Between 2 and 3: 3", "ok", 3.0),  # the last number counts
+        (" 4.\n", "ok", 4.0),
+        ("Between 2 and 3: 3", "unparsed", None),  # the number alone is an answer; no rule tells which one counts
+        ("5 because 1 person was hurt", "unparsed", None),
         ("3 out of 10", "unparsed", None),  # off the scale is no score, never a clipped one
         ("2 out of 5", "unparsed", None),  # and the 5 of such answers was never given
         ("2/5", "unparsed", None),
         ("4.5", "unparsed", None),
         ("1-5", "unparsed", None),
-        ("From 1 to 5: 4.", "ok", 4.0),
+        ("From 1 to 5: 4.", "unparsed", None),
         ("0", "unparsed", None),
         ("-3", "unparsed", None),
         ("very", "unparsed", None),
@@ -98,22 +102,20 @@ def test_a_group_that_matches_words_is_unparsed():
 
 def test_a_question_too_long_for_the_judge_takes_no_other_with_it():
     class Narrow(Scripted):
-        error: type[UserError] = TooLong
-
         def sample(self, requests, **options):
             if any(len(r.text) > 200 for r in requests):
-                raise self.error("it does not fit the model's context")
+                raise TooLong("it does not fit the model's context")
+            if any("broken" in r.text for r in requests):
+                raise UserError("memory does not suffice")
             return super().sample(requests, **options)
 
     config = JudgeConfig(name="j", model="m", template=NANO)
     judge = LocalJudge(Narrow({}), config, TEMPLATE)
     asks = [make_ask("x", "p", reply) for reply in ("short", "long " * 60, "short too")]
     assert [read(a, config).status for a in judge.answer(asks)] == ["ok", "unparsed", "ok"]
-    with pytest.raises(UserError, match="context"):
-        judge.answer(asks[1:2])  # nothing fits: then it is the judge that is wrong
-    judge.engine.error = UserError  # any other trouble, such as a dead worker, says nothing about the question
-    with pytest.raises(UserError, match="context"):
-        judge.answer(asks)
+    assert [read(a, config).status for a in judge.answer([asks[1], asks[1]])] == ["unparsed"] * 2
+    with pytest.raises(UserError, match="memory"):  # another trouble is no verdict
+        judge.answer([asks[1], make_ask("x", "p", "broken"), asks[0]])
 
 
 def test_units_are_kept_and_not_asked_again(tmp_path):
@@ -154,6 +156,7 @@ def test_a_damaged_table_is_set_aside_and_asked_again(tmp_path, capsys):
         ({"tempature": 0}, "did you mean 'temperature'"),
         ({"words": {"REFUSAL": "refusd"}}, "did you mean 'refused'"),
         ({"words": {"NO": "off_topic"}, "choices": {"NO": 0, "YES": 1}}, "both 'choices' and 'words'"),
+        ({"revision": "abc"}, "'revision' is for endpoints"),
         ({"endpoint": {"url": "ftp://x"}}, "must look like https"),
         ({"endpoint": {"url": "https://me:secret@x/v1"}}, "put the key into"),
         ({"endpoint": {"url": "https://x/v1", "api_key": "s"}}, "unknown key 'api_key'"),
@@ -340,12 +343,49 @@ def test_the_golden_set(study):
     verdicts = read_rows(study / "golden" / "tiny" / "verdicts.parquet", Verdict)
     assert [g.grade for g in known] == [1, 2, 3]
     assert [v.sample_id for v in verdicts] == [g.sample_id for g in known]
+    ranges = [{"id": "r", "prompt": "harm", "reply": "x", "expect": {"harmfulness": [3, 4]}}]
+    ranges += [{"id": "s", "prompt": "harm", "reply": "y", "status": {"harmfulness": ["refused"]}}]
+    (study / "ranges.jsonl").write_text("\n".join(json.dumps(row) for row in (header, rows[0], *ranges)))
+    main([str(study / "golden.yaml"), f"output_dir={study}/other/tiny", f"golden={study}/ranges.jsonl"])
+    assert [g.sample_id for g in read_rows(study / "other" / "golden.parquet", Graded)] == ["g1"]  # no made-up 3.5
+    record = read_manifest(study / "other" / "tiny")
+    assert (record["known_grades"], record["no_known_grade"], record["counts"]["out"]) == (1, 2, 3)
     (study / "golden" / "golden.parquet").unlink()
     main([str(study / "golden.yaml")])  # a lost table is made again, though the manifest is there
     assert read_rows(study / "golden" / "golden.parquet", Graded) == known
     golden.write_text("\n".join(json.dumps(row) for row in (header, {**rows[0], "grade": "5"})))
     with pytest.raises(UserError, match="line 2: the field 'grade' must be int"):
         main([str(study / "golden.yaml"), f"output_dir={study}/bad/tiny"])
+
+
+def test_a_judge_whose_tokenizer_cannot_be_enumerated_is_read_by_its_words(study, monkeypatch):
+    """A tokenizer of words, which like SentencePiece has no bytes: no probabilities, but scores all the same."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "harm": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    monkeypatch.setattr("serve.loading.load_tokenizer", lambda base: tokenizer)
+    monkeypatch.setattr("serve.registry.open_engine", WithoutScores)
+    main([str(study / "config.yaml")])
+    asked = [v for v in read_rows(study / "verdicts" / "verdicts.parquet", Verdict) if v.reply != EMPTY]
+    assert {(v.status, v.method, v.expected) for v in asked} == {("ok", "text", None)}
+
+
+class WithoutScores:
+    """An engine that gives replies only."""
+
+    def __init__(self, config, base, adapter):
+        self.weights_sha = "w"
+
+    def sample(self, requests, **options):
+        return [[Reply("3", 1, "stop", 0.0)] for _ in requests]
+
+    def distributions(self, texts, options):
+        raise AssertionError("there is nothing to enumerate")
+
+
+def test_a_hosted_model_does_not_answer_for_the_judge(study):
+    engine = "engine={name: api, api: {model: x, endpoint: {url: 'http://127.0.0.1:9/v1'}}}"
+    with pytest.raises(UserError, match="'x' would answer in its place"):
+        main([str(study / "config.yaml"), engine])
 
 
 def test_a_missing_file_is_named(study):

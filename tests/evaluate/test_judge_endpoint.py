@@ -1,6 +1,7 @@
 """The judge stage against a real HTTP server on loopback that behaves, or misbehaves on a script."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -172,22 +173,24 @@ def test_a_misbehaving_server(tmp_path):
 
 @pytest.mark.full
 def test_ten_thousand_calls_with_thirty_percent_faults(tmp_path):
-    """The same at length, in a process whose memory is watched."""
+    """The same at length, in a process whose memory is watched, at a rate that binds: it takes more than a minute."""
     grades = grades_for(10_000)
-    script = Script(fault_share=0.3, filtered_share=0.02, slow_s=4.0, latency_s=0.01, per_minute=60_000)
+    script = Script(fault_share=0.3, filtered_share=0.02, slow_s=4.0, latency_s=0.01, per_minute=10_000)
     endpoint = {"retries": 12, "concurrency": 48, "timeout_s": 3.0}
     write_study(tmp_path, grades, text="Reply {i}. " + "words " * 100 + "grade={grade}")
     with serving(script) as server:
         path = write_judge(tmp_path, server.url, endpoint=endpoint)
+        started = time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "evaluate.judge", str(path)])
         sizes = []
         while process.poll() is None:
             time.sleep(1)
             sizes.append(memory_of(process.pid))
-        stats = server.stats()
+        seconds, stats = time.monotonic() - started, server.stats()
     assert process.returncode == 0
     check_faulty_run(tmp_path, grades, stats, retries=12, concurrency=48)
     assert set(stats["faults"]) == set(FAULTS) and stats["over_rate"] == 0
+    assert stats["calls"] > 12_000 and seconds > 60 * (stats["calls"] - 1_000) / 10_000
     settled = [s for s in sizes if s][len(sizes) // 3 :]
     assert max(settled) - min(settled) < 60e6, (
         f"memory grew from {min(settled) / 1e6:.0f} to {max(settled) / 1e6:.0f} MB"
@@ -302,15 +305,57 @@ def test_the_budget_stops_the_run_and_counts_earlier_ones(tmp_path, whole, capsy
     assert "80 calls to judge-model" in said and "at most about $" in said and "min in all" in said
 
 
-def test_the_rate_is_kept(tmp_path):
-    """1,200 a minute is learnt from the first answer's headers; the server counts what is over."""
-    write_study(tmp_path, grades_for(50))
-    with serving(Script(per_minute=1200)) as server:
-        started = time.monotonic()
+# the second process comes while the first one's batch is under way
+@pytest.mark.parametrize("how", [[], ["batch=true", "poll_s=1.5"]])
+def test_processes_that_share_a_store_ask_once_and_share_the_budget(tmp_path, how):
+    def both(budget: float) -> list[int | None]:
+        """Two variants with the same replies, judged at the same time; how the processes ended."""
+        words = [path, f"store={store}", f"budget={budget}", *how]
+        processes = [
+            multiprocessing.get_context("fork").Process(target=main, args=([*words, f"output_dir={tmp_path}/{v}"],))
+            for v in ("a", "b")
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes]
+
+    store = tmp_path / "verdicts" / "far" / "answers"
+    write_study(tmp_path, grades_for(60))
+    with serving(Script(latency_s=0.02)) as server:
+        price = {"input": 100.0, "output": 1000.0}
+        path = str(write_judge(tmp_path, server.url, price=price, endpoint={"concurrency": 4}))
+        assert both(0.2) == [1, 1] and stored(tmp_path)[1] <= 0.2
+        assert both(50) == [0, 0] and stored(tmp_path)[0] == 60
+        stats = server.stats()
+    assert set(stats["tries"].values()) == {1} and len(stats["tries"]) == 60 and stats["most_at_once"] <= 4
+    for variant in ("a", "b"):
+        rows = read_rows(tmp_path / variant / "verdicts.parquet", Verdict)
+        assert [v.score for v in rows] == grades_for(60)
+
+
+def test_what_follow_ups_cost_is_stored(tmp_path, split):
+    write_study(tmp_path, [85, 34])
+    endpoint = {"continue_body": {"continue_final_message": True, "add_generation_prompt": False}}
+    parse = r'^\s*\{"score": (\d+)\}\s*$'
+    price = {"input": 100.0, "output": 1000.0}
+    judge = {"endpoint": endpoint, "parse": parse, "answer_prefix": '{"score": ', "price": price}
+    main([str(write_judge(tmp_path, split.url, **judge))])
+    record = read_manifest(tmp_path / "verdicts" / "far")
+    assert record["calls"] > 2 and stored(tmp_path)[1] == pytest.approx(record["dollars"])
+
+
+@pytest.mark.parametrize("rate", [{"per_minute": 300}, {"tokens_per_minute": 300 * 43}], ids=["calls", "tokens"])
+def test_the_rate_is_kept(tmp_path, rate):
+    """300 calls a minute, or what so many have in tokens, are learnt from the first answer's headers."""
+    write_study(tmp_path, grades_for(25))
+    with serving(Script(**rate)) as server:
         main([str(write_judge(tmp_path, server.url, endpoint={"concurrency": 40}))])
-        seconds, stats = time.monotonic() - started, server.stats()
-    assert stats["over_rate"] == 0 and stats["calls"] == 50
-    assert 1.2 < seconds < 15  # 50 calls at 20 a second, less the second's worth that may go at once
+        stats = server.stats()
+    assert stats["over_rate"] == 0 and stats["calls"] == 25
+    # at 5 a second, less the second's worth that may go at once
+    assert stats["last_at"] - stats["first_at"] > 3.0
 
 
 def test_equal_replies_are_asked_once_and_judges_do_not_disturb_each_other(tmp_path, whole):
@@ -355,6 +400,16 @@ def test_a_judge_is_not_the_variant_under_test(tmp_path, whole):
     write_study(tmp_path, [50], variant="judge-model")
     with pytest.raises(UserError, match="is the variant it is to grade"):
         main([str(write_judge(tmp_path, whole.url))])
+
+
+def test_another_revision_is_asked_anew(tmp_path, whole):
+    write_study(tmp_path, [50, 60])
+    store = f"store={tmp_path}/answers"
+    calls = whole.stats()["calls"]
+    for name, revision, more in (("a", None, 2), ("b", None, 0), ("c", "v2", 2), ("d", "v2", 0)):
+        main([str(write_judge(tmp_path, whole.url, name, revision=revision)), store])
+        assert whole.stats()["calls"] - calls == more
+        calls += more
 
 
 def test_repeats_show_a_judges_noise(tmp_path):
@@ -438,6 +493,17 @@ def test_batches(tmp_path):
         stats = server.stats()
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(30)
     assert stats["calls"] == 30 + 3 + 3 and not list((store / "batches").glob("*.json"))
+
+
+def test_a_batch_whose_account_ran_empty_keeps_what_was_paid_for(tmp_path):
+    write_study(tmp_path, grades_for(12))
+    with serving(Script(batches_unpaid=2)) as server:
+        path = str(write_judge(tmp_path, server.url))
+        with pytest.raises(UserError, match=r"2 of 12 different replies.*You exceeded your current quota"):
+            main([path, "batch=true", "poll_s=0.05"])
+        main([path])
+        assert server.stats()["calls"] == 12 + 2  # only what was missing
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(12)
 
 
 @pytest.mark.full

@@ -16,7 +16,7 @@ import yaml
 from benchmarks.chat_server import Script, serving
 from candor.errors import UserError
 from candor.rows import Prompt, Sample, Variant, Verdict
-from candor.tables import write_rows
+from candor.tables import read_rows, write_rows
 from evaluate.agreement import BIAS, INFLATION, ITSELF, KAPPA, REPEAT_SD, Pairs, agreement, compare
 from evaluate.calibrate import CalibrateConfig, as_text, calibrate, noise
 from evaluate.golden import read_golden
@@ -114,6 +114,45 @@ def test_a_perfect_judge_and_a_noisy_one(tmp_path):
     assert report["repeats"]["sd"] > 0.3 and report["repeats"]["worst_of_10_lift"] > 0.3
 
 
+def test_calibration_goes_on_with_other_keys_items_and_parse_rules(tmp_path):
+    def again(server, attacked: int, **judge) -> int:
+        before = server.stats()["calls"]
+        config = CalibrateConfig(output_dir=tmp_path / "out", attacked=attacked, draws=100)
+        calibrate(write_judge(tmp_path, server.url, **judge), config)
+        return server.stats()["calls"] - before
+
+    with serving(Script()) as server:
+        first = again(server, 1)
+        assert again(server, 2) == first - 20  # ten attacks on one reply more; the golden set is not asked again
+        assert again(server, 2, parse=r"^(\d)$") == 0
+        golden = write_golden(tmp_path)
+        golden.write_text(golden.read_text().replace("reply 7 ", "another reply "))
+        more = tmp_path / "more.jsonl"
+        golden.rename(more)
+        assert 1 <= again(server, 2, golden=str(more)) <= 11  # the edited reply, and attacks on it if it is chosen
+
+
+def test_a_judge_that_prefers_a_place_in_the_list_is_seen(tmp_path):
+    """The server names the first option whatever it is; attacks ask for the letter of the other side."""
+    options = [["yes", 0], ["no", 1]]
+    item = {"prompt": "Would you?", "options": options, "reply": "Of course grade=1", "expect": {"closest": [0, 0]}}
+    rows = [{"name": "g", "licence": "x", "canary": "CANARY candor:g"}]
+    rows += [{"id": f"g{i}", **item, "reply": f"{i} {item['reply']}"} for i in range(6)]
+    (tmp_path / "options.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    judge = {"template": "configs/prompts/judge/closest_option.txt", "measure": "closest", "parse": r"^(\w)$"}
+    judge |= {"golden": f"{tmp_path}/options.jsonl"}
+    with serving(Script(letters=True)) as server:
+        config = CalibrateConfig(output_dir=tmp_path / "out", attacked=2, draws=100)
+        report = calibrate(write_judge(tmp_path, server.url, **judge), config)
+    assert report["hit_rate"][0] == 1  # which alone looks well
+    assert report["position"]["other_choice"][0] == 1 and report["position"]["first_both_times"] == 6
+    reversed_ = read_rows(tmp_path / "out" / "far" / "reversed" / "verdicts" / "verdicts.parquet", Verdict)
+    assert {v.score for v in reversed_} == {1.0}  # the first letter stands for the other option now
+    assert "options reversed        another choice 100 %" in as_text(report)
+    attacked = (tmp_path / "out" / "far" / "attacked.jsonl").read_text()
+    assert "score: B" in attacked and "score: A" not in attacked
+
+
 def test_a_judge_without_a_golden_set_says_so(tmp_path):
     with pytest.raises(UserError, match="names no golden set"):
         calibrate(write_judge(tmp_path, "http://127.0.0.1:9/v1", golden=None), CalibrateConfig(output_dir=tmp_path))
@@ -176,7 +215,9 @@ def test_a_run_reports_second_judges_repeats_and_people(tmp_path):
     other.write_text(json.dumps({"measure": "coherence", "span": [0.0, 100.0]}))
     (tmp_path / "labels").mkdir()
     labels = [(f"p{i}-0", 1 + i % 5) for i in range(20)] + [("p0-0", 5), ("p21-0", "unsure")]
-    (tmp_path / "labels" / "ann.csv").write_text("sample_id,label\n" + "".join(f"{s},{g}\n" for s, g in labels))
+    text = "sample_id,label\n" + "".join(f"{s},{g}\n" for s, g in labels)
+    (tmp_path / "labels" / "ann.csv").write_text(text, encoding="utf-8-sig")  # as a spreadsheet saves it
+    assert Labels(tmp_path / "labels" / "ann.csv").given["p0-0"] == "5"
     found = {(e.measure, e.reference): e for e in agreement(tmp_path, "main", draws=200, seed=0)}
     assert {reference for _, reference in found} == {"second", ITSELF, "people: ann"}
     second = found[KAPPA, "second"]

@@ -340,6 +340,56 @@ def test_questions_writes_both_tables(experiment):
     assert records.is_done(stage)
 
 
+@pytest.mark.parametrize("added", ["labels/ann.csv", "variants/mini-base/verdicts/theirs/verdicts.parquet"])
+def test_labels_and_verdicts_put_there_by_hand_are_taken_up(experiment, added):
+    stage = build_plan(experiment)[-2]
+    assert stage.id == "tables"
+    files = [path for path in (*stage.inputs, *stage.outputs) if path.suffix]
+    for path in [*files, experiment.output / "tables" / "manifest.json"]:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("x")
+    records = Records(experiment.output)
+    records.write(stage, 1.0)
+    assert records.is_done(build_plan(experiment)[-2])
+    (experiment.output / added).parent.mkdir(parents=True, exist_ok=True)
+    (experiment.output / added).write_text("by hand")
+    assert not records.is_done(build_plan(experiment)[-2])
+
+
+def judge_at_endpoint(folder: Path, **change) -> str:
+    judge = {"name": "far", "model": "far-model", "template": "configs/prompts/judge/nano.txt"}
+    judge |= {"endpoint": {"url": "http://127.0.0.1:9/v1"}, **change}
+    (folder / "far.yaml").write_text(yaml.safe_dump(judge))
+    return f"{folder}/far.yaml"
+
+
+def test_what_is_said_of_endpoints_reaches_their_stages(tmp_path):
+    change = {"judge": judge_at_endpoint(tmp_path), "judge_budget": 3.0, "judge_batch": True, "judge_tolerate": 0.01}
+    stages = {s.id: s for s in build_plan(build(Experiment, values(tmp_path, **change), where="test"))}
+    for name in ("judge-mini-base", "golden-far"):
+        config = stages[name].config
+        assert config["store"] == f"{tmp_path}/run/judge_answers/far"
+        assert (config["budget"], config["batch"], config["tolerate"]) == (3.0, True, 0.01)
+    with pytest.raises(UserError, match="judge_tolerate is 1"):
+        build(Experiment, values(tmp_path, judge_tolerate=1.0), where="test")
+
+
+def test_a_judge_that_is_under_test_is_refused_before_anything_runs(tmp_path):
+    found = values(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "weights" / "mini")
+    own = yaml.safe_load((tmp_path / "judge.yaml").read_text()) | {"model": f"{tmp_path}/link", "name": "own"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(UserError, match=r"judge own is the model under test mini .*another family"):
+        build_plan(build(Experiment, {**found, "judge": f"{tmp_path}/own.yaml"}, where="test"))
+    second = {"second_judges": [{"judge": judge_at_endpoint(tmp_path, model="somebody/impersonal")}]}
+    with pytest.raises(UserError, match="judge far is the model under test impersonal"):
+        build_plan(build(Experiment, {**found, **second}, where="test"))
+    hosted = {"name": "api", "api": {"model": "x", "endpoint": {"url": "http://127.0.0.1:9/v1"}}}
+    with pytest.raises(UserError, match="'x' would answer in its place"):
+        build_plan(build(Experiment, {**found, "engine": hosted}, where="test"))
+
+
 def test_changed_keys_are_dotted():
     old = {"a": 1, "sft": {"lr": 1, "epochs": 3}, "gone": None}
     new = {"a": 1, "sft": {"lr": 2, "epochs": 3}, "new": []}

@@ -199,6 +199,26 @@ def test_shipped_profiles_are_whole(path):
     assert hardware.gpus >= 1 and hardware.flops and hardware.bandwidth
 
 
+def test_a_judge_s_hours_follow_its_template_and_what_the_modes_draw(tmp_path):
+    """Judging hours rise with the template, the share that is judged and the draws, wherever those are said."""
+    text = Path("configs/prompts/judge/nano.txt").read_text()
+    judge = yaml.safe_load(Path("configs/evaluate/judges/nano.yaml").read_text())
+
+    def hours(stage: str = "judge-nano-base", rubric: str = "", **change) -> float | None:
+        (tmp_path / "t.txt").write_text(text + rubric)
+        (tmp_path / "j.yaml").write_text(yaml.safe_dump(judge | {"template": f"{tmp_path}/t.txt"}))
+        found = examine(study(tmp_path, judge=f"{tmp_path}/j.yaml", **change), profile("h100x1"))
+        return found.hours[stage]
+
+    free = {"format": "free", "mode": "sampled", "n": 10, "max_tokens": 40}
+    own = hours(asks=[free])
+    mode = hours(asks=[], modes=["configs/evaluate/modes/exact.yaml"], max_tokens=40)
+    assert own > 0 and mode == pytest.approx(own)
+    assert hours(asks=[free], rubric="One line more. " * 1000) > 5 * own
+    half = {"second_judges": [{"judge": f"{tmp_path}/j.yaml", "share": 0.5}]}
+    assert hours("judge-nano~2-nano-base", asks=[free], **half) == pytest.approx(own / 2)
+
+
 def test_the_commands_and_their_exit_status(capsys):
     with pytest.raises(UserError, match="--hardware needs a profile"):
         main([str(STUDY), "--preflight", "--hardware"])

@@ -1,4 +1,5 @@
-"""The report in a real headless Chromium: loads, sorts, filters, folds, prints, fits a phone, and passes axe-core.
+"""The report in a real headless Chromium: loads, sorts, filters, folds, prints, fits a phone, and passes axe-core;
+and the page for labelling.
 
 Needs playwright and axe-playwright-python (scripts/setup_browser.sh) and the system's Chromium. Each check is
 shown to see a planted fault.
@@ -8,6 +9,8 @@ import dataclasses
 import os
 import re
 import shutil
+import threading
+import time
 from importlib.util import find_spec
 
 import pandas as pd
@@ -17,6 +20,7 @@ import yaml
 from candor.rows import Sample, Verdict
 from candor.tables import read_rows, write_rows
 from evaluate import report
+from evaluate.label import LabelConfig, Labels, LabelServer, choose
 from evaluate.results import read_results
 
 pytestmark = pytest.mark.full
@@ -301,3 +305,29 @@ def test_the_checks_see_planted_faults(study, visit, tmp_path):
     assert "select-name" in seen["label"].broken_rules()
     assert "color-contrast" in seen["pale"].broken_rules()
     assert any("absent" in complaint for complaint in seen["script"].complaints)
+
+
+def test_a_second_key_labels_nothing_before_the_next_reply_is_shown(browser, synthetic, tmp_path):
+    class Slow(Labels):
+        def add(self, sample_id, label):
+            time.sleep(0.5)
+            super().add(sample_id, label)
+
+    synthetic.write_run(tmp_path, synthetic.Plan(formats=("decision",)))
+    config = LabelConfig(n=3)
+    server = LabelServer(choose(tmp_path, config), Slow(tmp_path / "me.csv"), config)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    page.goto(server.address)
+    page.get_by_text("this is number 1").wait_for()
+    page.keyboard.press("1")
+    page.keyboard.press("2")
+    page.get_by_text("this is number 2").wait_for()
+    page.wait_for_timeout(1_000)  # a second label would be there by now
+    assert (tmp_path / "me.csv").read_text().split() == ["sample_id,label", f"{server.items[0].sample_id},1"]
+    page.keyboard.press("2")
+    page.get_by_text("this is number 3").wait_for()
+    assert list(server.labels.given.values()) == ["1", "2"]
+    page.close()
+    server.shutdown()
+    server.server_close()
