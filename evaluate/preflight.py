@@ -10,23 +10,24 @@ in the night. Times are floors at the profile's assumed utilisation: to compare 
 """
 
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from candor.config import build, load
 from candor.errors import UserError
-from candor.questions import load_all
+from candor.rows import Prompt
 from evaluate.experiment_config import KINDS, Experiment
 from evaluate.hardware import Hardware, here
 from evaluate.judge_config import read_judge
 from evaluate.plan import build_plan
 from evaluate.preflight_findings import GIB, Findings, Serving, Training, lines
+from evaluate.questions import gather
 from evaluate.stages import Stage
 from serve.config import Ask, EngineConfig
-from serve.footprint import Asked, host_bytes, serving_bytes, serving_seconds
+from serve.footprint import Asked, host_bytes, serving_bytes, serving_seconds, sharing, stored_bytes
 from train.data import DataConfig, select
 from train.footprint import (
     BYTES_PER_TOKEN,
@@ -43,6 +44,7 @@ from train.footprint import (
 from train.sources import DATA, known_file, names
 
 USAGE = "usage: python -m evaluate.experiment EXPERIMENT.yaml --preflight [--hardware PROFILE.yaml] [key=value ...]"
+_SHARE = "a higher engine.vllm.tensor_parallel, with as many GPUs in needs, or a larger GPU"
 _JUDGE_PROMPT_TOKENS = 400  # of a judge's template around a question and its reply: a rubric with examples
 
 
@@ -84,7 +86,8 @@ class _Examiner:
         self.loras: dict[Path, Any] = {}  # by adapter folder
         self.questions = self._questions()
         self.disk: dict[Path, int] = {}  # bytes of models to fetch
-        self.adapters = 0
+        self.adapters = 0  # bytes of them, those kept on the way too
+        self.answers = 0  # bytes of replies and distributions
         self.state = 0  # bytes that a stage keeps to continue from
 
     def run(self) -> None:
@@ -102,11 +105,17 @@ class _Examiner:
 
     def _questions(self) -> dict[str, Asked]:
         """The prompts of each format."""
-        prompts = load_all(self.experiment.prompts)
-        count, size = Counter(p.format for p in prompts), Counter[str]()
-        for prompt in prompts:
-            size[prompt.format] += len(prompt.text.encode())
-        return {f: Asked(n, size[f] / n / BYTES_PER_TOKEN + TEMPLATE_TOKENS) for f, n in count.items()}
+        by_format: dict[str, list[Prompt]] = {}
+        for prompt in gather(self.experiment.sources):
+            by_format.setdefault(prompt.format, []).append(prompt)
+        return {
+            form: Asked(
+                len(prompts),
+                sum(len(p.text.encode()) for p in prompts) / len(prompts) / BYTES_PER_TOKEN + TEMPLATE_TOKENS,
+                sum(len(p.options) for p in prompts) / len(prompts),
+            )
+            for form, prompts in by_format.items()
+        }
 
     def _fetch(self, base: Path, shape: Shape) -> None:
         """Note a model that is not here."""
@@ -157,7 +166,8 @@ class _Examiner:
         if not self.cpu:
             self._bears(stage, 2 * shape.parameters)
         self._fetch(base, shape)
-        self.adapters += 4 * shape.adapter
+        every = config.get("checkpoint_every")
+        self.adapters += 4 * shape.adapter * (1 + (ceil(load.steps / every) if every else 0))
         self.state = max(self.state, 12 * shape.adapter)
         if stage.gpus > 1:
             self.found.problem(
@@ -183,14 +193,17 @@ class _Examiner:
         base, engine = Path(config["base"]), build(EngineConfig, config["engine"], where=stage.id)
         asks = [build(Ask, ask, where=stage.id) for ask in config["ask"]]
         shape = shape_of(base, None)
+        asked = [(ask, self.questions[ask.format]) for ask in asks if ask.format in self.questions]
+        self.answers += sum(stored_bytes(a, q) for a, q in asked)
         hours = None
         flops, bandwidth = self.hardware.flops, self.hardware.bandwidth
         if not self.cpu and flops and bandwidth:
-            asked = [(ask, self.questions[ask.format]) for ask in asks if ask.format in self.questions]
             hours = sum(serving_seconds(shape, engine, a, q, flops=flops, bandwidth=bandwidth) for a, q in asked) / 3600
-        host = host_bytes(shape, engine, adapter=config.get("adapter") is not None)
+        host = host_bytes(shape, engine, attested=True)
         serving = Serving(stage.id, base.name, shape, serving_bytes(shape, engine), host / GIB, hours)
-        self._answer(stage, base, serving, f"sampling {base.name}", "a lower engine.batch_tokens or a larger GPU")
+        self._shares(stage, engine)
+        remedy = "a lower engine.batch_tokens or a larger GPU"
+        self._answer(stage, base, serving, f"sampling {base.name}", _SHARE if engine.name == "vllm" else remedy)
 
     def _judge(self, stage: Stage) -> None:
         """What a judge takes when it is a model that runs here."""
@@ -204,12 +217,22 @@ class _Examiner:
             tokens = sum(
                 self.questions[ask.format].prompts * ask.n * (ask.max_tokens + _JUDGE_PROMPT_TOKENS)
                 for ask in self.experiment.asks
-                if ask.format == "free" and "samples" in stage.config
+                if ask.format == "free" and "free" in self.questions and "samples" in stage.config
             )
-            hours = 2.0 * shape.parameters * tokens / self.hardware.flops / 3600
-        host = host_bytes(shape, engine, adapter=False)
+            hours = 2.0 * shape.parameters * tokens / self.hardware.flops / sharing(engine) / 3600
+        host = host_bytes(shape, engine, attested=False)
         serving = Serving(stage.id, f"{base.name} (judge)", shape, serving_bytes(shape, engine), host / GIB, hours)
+        self._shares(stage, engine)
         self._answer(stage, base, serving, f"judging with {base.name}", "a smaller judge, or one behind an endpoint")
+
+    def _shares(self, stage: Stage, engine: EngineConfig) -> None:
+        """Note a stage that gets fewer GPUs than its engine shares a model between."""
+        kind, wanted = stage.id.split("-")[0], sharing(engine)
+        if not self.cpu and 1 < wanted > stage.gpus and kind in KINDS:
+            self.found.problem(
+                f"engine.vllm.tensor_parallel is {wanted}, but needs.{kind}.gpus is {stage.gpus}. Remedy: set it to "
+                f"{wanted}, or tensor_parallel to {max(1, stage.gpus)}."
+            )
 
     def _answer(self, stage: Stage, base: Path, serving: Serving, what: str, remedy: str) -> None:
         """Note what a model takes while it answers."""
@@ -228,7 +251,7 @@ class _Examiner:
         if needed > room:
             told = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
             where = "memory" if self.cpu else f"{hardware.gpu_memory_gib:.1f} GiB of one GPU"
-            if next(iter(parts.values())) / GIB > room:
+            if next(iter(parts.values())) / GIB > room and remedy != _SHARE:
                 remedy = "more memory, or a smaller model" if self.cpu else "a GPU with more memory, or a smaller model"
             self.found.problem(
                 f"{what} needs {needed:.1f} GiB ({told}); {room:.1f} GiB of the {where} can be used. Remedy: {remedy}."
@@ -256,11 +279,13 @@ class _Examiner:
             )
 
     def _disk(self) -> None:
-        """Note the disk a study takes: models to fetch, an adapter a fine-tuning, the states running stages keep."""
+        """Note the disk a study takes: models to fetch, adapters, answers, the states running stages keep."""
         models, room = sum(self.disk.values()), self.hardware.disk_gb
-        self.found.disk_gb = (models + self.adapters + self.state * max(1, self.hardware.gpus)) / 1e9
+        states = self.state * max(1, self.hardware.gpus)
+        self.found.disk_gb = (models + self.adapters + self.answers + states) / 1e9
         if self.found.disk_gb > room:
             self.found.problem(
                 f"{self.found.disk_gb:,.0f} GB of disk are needed (models to fetch {models / 1e9:,.0f}, adapters "
-                f"{self.adapters / 1e9:,.0f}); {room:,.0f} GB are there. Remedy: another output folder."
+                f"{self.adapters / 1e9:,.0f}, answers {self.answers / 1e9:,.0f}); {room:,.0f} GB are there. "
+                "Remedy: another output folder."
             )
