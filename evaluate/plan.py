@@ -232,10 +232,17 @@ class _Builder:
             self.add(
                 f"data-{name}",
                 "train.data",
-                {**plain(data), "output_dir": folder, "seed": self.experiment.seed, "prompts": self.experiment.prompts},
-                inputs=(data.source,) if data.source else (),
+                {
+                    **plain(data),
+                    "output_dir": folder,
+                    "seed": self.experiment.seed,
+                    "prompts": self.experiment.prompts,
+                    "asked": self.prompts,
+                },
+                inputs=(*((data.source,) if data.source else ()), self.prompts),
                 outputs=(folder, folder / "conversations.parquet"),
                 minutes=0.1,
+                grows=("asked",),
             )
 
     def add_training(self, subject: Subject) -> None:

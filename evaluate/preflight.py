@@ -10,7 +10,7 @@ in the night. Times are floors at the profile's assumed utilisation: to compare 
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from candor.config import build, load
 from candor.errors import UserError
+from candor.questions import load_all
 from candor.rows import Prompt
 from evaluate.experiment_config import KINDS, Experiment
 from evaluate.hardware import Hardware, here
@@ -28,7 +29,7 @@ from evaluate.questions import gather
 from evaluate.stages import Stage
 from serve.config import Ask, EngineConfig
 from serve.footprint import Asked, host_bytes, serving_bytes, serving_seconds, sharing, stored_bytes
-from train.data import DataConfig, select
+from train.data import DataConfig, asked_in, select
 from train.footprint import (
     BYTES_PER_TOKEN,
     TEMPLATE_TOKENS,
@@ -84,7 +85,9 @@ class _Examiner:
         self.cpu = self.experiment.device == "cpu"
         self.sizes: dict[Path, tuple[int, float, int]] = {}  # rows, mean and longest bytes, by data folder
         self.loras: dict[Path, Any] = {}  # by adapter folder
-        self.questions = self._questions()
+        prompts = gather(self.experiment.sources)
+        self.questions = _by_format(prompts)
+        self.asked = asked_in([*load_all(self.experiment.prompts), *prompts])
         self.disk: dict[Path, int] = {}  # bytes of models to fetch
         self.adapters = 0  # bytes of them, those kept on the way too
         self.answers = 0  # bytes of replies and distributions
@@ -103,20 +106,6 @@ class _Examiner:
                 examine[stage.module](stage)
         self._disk()
 
-    def _questions(self) -> dict[str, Asked]:
-        """The prompts of each format."""
-        by_format: dict[str, list[Prompt]] = {}
-        for prompt in gather(self.experiment.sources):
-            by_format.setdefault(prompt.format, []).append(prompt)
-        return {
-            form: Asked(
-                len(prompts),
-                sum(len(p.text.encode()) for p in prompts) / len(prompts) / BYTES_PER_TOKEN + TEMPLATE_TOKENS,
-                sum(len(p.options) for p in prompts) / len(prompts),
-            )
-            for form, prompts in by_format.items()
-        }
-
     def _fetch(self, base: Path, shape: Shape) -> None:
         """Note a model that is not here."""
         if not base.exists():
@@ -128,7 +117,7 @@ class _Examiner:
         """Rows of a data set: of the rows themselves where they are here, else as its source states."""
         config = build(DataConfig, stage.config, where=stage.id)
         if config.source is None or config.source.exists():
-            rows = select(config).rows
+            rows = select(config, self.asked).rows
             sizes = [sum(len(m.content.encode()) for m in row.conversation.messages) for row in rows]
             self.sizes[config.output_dir] = len(sizes), sum(sizes) / len(sizes), max(sizes)
             return
@@ -289,3 +278,18 @@ class _Examiner:
                 f"{self.adapters / 1e9:,.0f}, answers {self.answers / 1e9:,.0f}); {room:,.0f} GB are there. "
                 "Remedy: another output folder."
             )
+
+
+def _by_format(prompts: Iterable[Prompt]) -> dict[str, Asked]:
+    """The prompts of each format."""
+    by_format: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_format.setdefault(prompt.format, []).append(prompt)
+    return {
+        form: Asked(
+            len(own),
+            sum(len(p.text.encode()) for p in own) / len(own) / BYTES_PER_TOKEN + TEMPLATE_TOKENS,
+            sum(len(p.options) for p in own) / len(own),
+        )
+        for form, own in by_format.items()
+    }
