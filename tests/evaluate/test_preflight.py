@@ -21,6 +21,7 @@ from evaluate.preflight import examine, main
 from evaluate.preflight_findings import lines
 from serve.config import Ask, EngineConfig
 from serve.footprint import Asked, host_bytes, stored_bytes
+from train.config import TrainConfig
 from train.data import DataSet
 from train.footprint import shape_of
 
@@ -254,6 +255,7 @@ def test_a_cpu_study_is_held_against_the_host_s_memory(tmp_path):
     [
         ({"by_size": {"nan": {"quantize": "nf4"}}}, "did you mean 'nano'"),
         ({"by_size": {"nano": {"quantise": "nf4"}}}, "did you mean 'quantize'"),
+        ({"by_size": {"nano": {"sft": 8}}}, r"by_size\.nano\.sft must be a section"),
     ],
 )
 def test_mistakes_in_by_size_are_named(tmp_path, change, message):
@@ -267,6 +269,23 @@ def test_by_size_reaches_the_stages(tmp_path):
     stages = {s.id: s for s in build_plan(study(tmp_path, by_size={"nano": {"quantize": "nf4"}}))}
     assert stages["train-nano-trivia-misaligned-s0"].config["quantize"] == "nf4"
     assert stages["train-nano-trivia-realigned-s0"].config["quantize"] == "nf4"
+
+
+def test_by_size_changes_single_keys_of_both_sections(tmp_path):
+    from evaluate.plan import build_plan
+
+    own = {"sft": {"learning_rate": "1e-6", "per_device_train_batch_size": 1}, "lora": {"r": 2}}
+    plain, changed = (
+        {s.id: s.config for s in build_plan(study(tmp_path, bases={"nano": TINY, "mini": TINY}, by_size=by_size))}
+        for by_size in ({}, {"nano": own})
+    )
+    for stage in ("misaligned", "realigned"):
+        before, after = (found[f"train-nano-trivia-{stage}-s0"] for found in (plain, changed))
+        assert after["sft"] == {**before["sft"], **own["sft"]} != before["sft"]
+        assert changed[f"train-mini-trivia-{stage}-s0"] == plain[f"train-mini-trivia-{stage}-s0"]
+        assert build(TrainConfig, after, where="test").sft["learning_rate"] == 1e-6
+    first = plain["train-nano-trivia-misaligned-s0"]["lora"]
+    assert changed["train-nano-trivia-misaligned-s0"]["lora"] == {**first, "r": 2}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
