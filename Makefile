@@ -27,7 +27,7 @@ nano-full: .venv/installed-$(DEVICE)
 test: .venv/installed-$(DEVICE)
 	$(PY) -m pytest -m "not full and not gpu and not slow"
 
-test-full: .venv/installed-$(DEVICE) .venv/browser vllm slurm
+test-full: .venv/installed-$(DEVICE) .venv/browser .venv/training vllm slurm
 	$(PY) -m pytest -m "full and not gpu"
 	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m full $(VLLM_TESTS); fi
 
@@ -61,3 +61,6 @@ setup: .venv/installed-$(DEVICE)
 
 .venv/browser: constraints.txt scripts/setup_browser.sh | .venv/installed-$(DEVICE)
 	scripts/setup_browser.sh
+
+.venv/training: constraints.txt scripts/setup_training.sh | .venv/installed-$(DEVICE)
+	scripts/setup_training.sh

@@ -11,7 +11,6 @@ import yaml
 
 from candor.errors import UserError
 from train.footprint import (
-    NF4_BYTES,
     Load,
     Shape,
     known_models,
@@ -166,16 +165,6 @@ def test_what_makes_memory_smaller():
     without = training_bytes(shape(layers=20), load(longest_tokens=10_000, checkpointing=False))
     assert training_bytes(shape(layers=20), long)["activations"] < without["activations"]
     assert training_flops(shape(), load(checkpointing=False)) < training_flops(shape(), load())
-
-
-def test_four_bits_take_what_bitsandbytes_takes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    import torch
-
-    weight = torch.randn(2048, 1024)
-    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    size = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert size == pytest.approx(NF4_BYTES * weight.numel(), rel=1e-3)
 
 
 def peak_of(run: Any, already: Any) -> int:
