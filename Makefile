@@ -28,7 +28,7 @@ nano-full: .venv/installed-$(DEVICE)
 test: .venv/installed-$(DEVICE)
 	$(PY) -m pytest -m "not full and not gpu and not slow"
 
-test-full: .venv/installed-$(DEVICE) .venv/browser vllm slurm
+test-full: .venv/installed-$(DEVICE) .venv/browser .venv/training vllm slurm
 	$(PY) -m pytest -m "full and not gpu and not slow"
 	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m "full and not slow" $(VLLM_TESTS); fi
 
@@ -62,3 +62,6 @@ setup: .venv/installed-$(DEVICE)
 
 .venv/browser: constraints.txt scripts/setup_browser.sh | .venv/installed-$(DEVICE)
 	scripts/setup_browser.sh
+
+.venv/training: constraints.txt scripts/setup_training.sh | .venv/installed-$(DEVICE)
+	scripts/setup_training.sh

@@ -9,7 +9,7 @@ from candor.errors import UserError, nearest
 from evaluate.modes import Mode, read_modes
 from evaluate.questions import BUILT_IN, MultipleChoice, Sources
 from serve.config import ApiConfig, Ask, EngineConfig
-from train.config import RECIPE_KEYS
+from train.config import RECIPE_KEYS, SECTIONS
 from train.data import DataSet
 
 EXACT = Path("configs/evaluate/modes/exact.yaml")
@@ -130,9 +130,9 @@ class Experiment:
     modes: tuple[Path, ...] = ()  # how often all is asked, and how it is scored; none: exact
     asks: tuple[Ask, ...] = ()  # a mode of the study's own, instead of exact
     max_tokens: int | None = None  # no sampled reply is longer than this, whatever a mode says
-    by_size: dict[str, dict[str, Any]] = field(
-        default_factory=dict
-    )  # recipe keys of one base, e.g. {full: {quantize: nf4}}
+    # What of the recipes differs for one base: whole keys, and single ones of the sections lora and sft, e.g.
+    # {full: {quantize: nf4}, nano: {sft: {learning_rate: 1.0e-6}}}
+    by_size: dict[str, dict[str, Any]] = field(default_factory=dict)
     judge: Path  # configs/evaluate/judges/*.yaml
     judge_budget: float | None = None  # US dollars for each judge behind an endpoint; null: no bound
     judge_batch: bool = False  # ask judges behind an endpoint through its batch API: hours, at half price
@@ -188,9 +188,12 @@ class Experiment:
         for size, keys in self.by_size.items():
             if size not in self.bases:
                 raise UserError(f"by_size: {size!r} is none of the bases; {nearest(size, self.bases)}")
-            for key in keys:
-                if key not in RECIPE_KEYS:
-                    raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, RECIPE_KEYS)}")
+            for key, value in keys.items():
+                if key not in (*SECTIONS, *RECIPE_KEYS):
+                    known = (*SECTIONS, *RECIPE_KEYS)
+                    raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, known)}")
+                if key in SECTIONS and not isinstance(value, dict):
+                    raise UserError(f"by_size.{size}.{key} must be a section, found {value!r}.")
         if len(set(self.training_seeds)) < len(self.training_seeds):
             raise UserError(f"training_seeds holds a seed twice: {self.training_seeds}.")
         words = [*self.bases, *self.domains, *self.hosted, *(h.size for h in self.hosted.values())]

@@ -28,7 +28,7 @@ from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
 from serve.config import ApiConfig, Ask, EngineConfig
 from serve.plan import refuse_shared_keys, refuse_shared_streams
-from train.config import RECIPE_KEYS
+from train.config import RECIPE_KEYS, SECTIONS
 from train.data import DataSet
 
 NAMED_OPTIONS = ("choice", "decision")  # formats whose unclear replies a judge can say the closest option of
@@ -263,10 +263,17 @@ class _Builder:
             self.add(
                 f"data-{name}",
                 "train.data",
-                {**plain(data), "output_dir": folder, "seed": self.experiment.seed, "prompts": self.experiment.prompts},
-                inputs=(data.source,) if data.source else (),
+                {
+                    **plain(data),
+                    "output_dir": folder,
+                    "seed": self.experiment.seed,
+                    "prompts": self.experiment.prompts,
+                    "asked": self.prompts,
+                },
+                inputs=(*((data.source,) if data.source else ()), self.prompts),
                 outputs=(folder, folder / "conversations.parquet"),
                 minutes=0.1,
+                grows=("asked",),
             )
 
     def add_training(self, subject: Subject) -> None:
@@ -275,7 +282,7 @@ class _Builder:
         assert data is not None and subject.base is not None
         recipe = recipe_for(self.experiment, subject.recipe, row.size)
         parent = self.run / "variants" / subject.parent / "adapter" if subject.parent else None
-        more = {key: value for key, value in recipe.items() if key not in ("lora", "sft", "mode", "checkpoint_every")}
+        more = {key: value for key, value in recipe.items() if key not in (*SECTIONS, "mode", "checkpoint_every")}
         mode = recipe.get("mode") if parent else None
         if every := self._checkpoint_every(row, recipe.get("checkpoint_every")):
             more["checkpoint_every"] = every
@@ -479,17 +486,19 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
 
 
 def recipe_for(experiment: Experiment, domain: str, size: str) -> dict[str, Any]:
-    """How one base is trained on one domain: the domain's recipe, and the keys that differ by size."""
+    """How one base is trained on one domain: the domain's recipe, and what differs by size, key by key."""
     path = experiment.domains[domain].recipe
     values = read_yaml(path)
     found = set(values) if isinstance(values, dict) else set()
-    if not found >= {"lora", "sft"} or not found <= {"lora", "sft", *RECIPE_KEYS}:
+    if not found >= set(SECTIONS) or not found <= {*SECTIONS, *RECIPE_KEYS}:
         told = sorted(found) if isinstance(values, dict) else type(values).__name__
         raise UserError(
             f"{path}: a recipe holds the two sections lora and sft, and of other keys only {', '.join(RECIPE_KEYS)}; "
             f"found {told}."
         )
-    return {**values, **experiment.by_size.get(size, {})}
+    own = experiment.by_size.get(size, {})
+    merged = {name: {**(values[name] or {}), **own[name]} for name in SECTIONS if name in own}
+    return {**values, **own, **merged}
 
 
 def _adapter_files(folder: Path) -> tuple[Path, Path]:

@@ -10,25 +10,27 @@ in the night. Times are floors at the profile's assumed utilisation: to compare 
 """
 
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from candor.config import build, load
 from candor.errors import UserError
 from candor.questions import load_all
+from candor.rows import Prompt
 from evaluate.experiment_config import KINDS, Experiment
 from evaluate.hardware import Hardware, here
 from evaluate.judge_config import read_judge
 from evaluate.modes import all_asks
 from evaluate.plan import build_plan
 from evaluate.preflight_findings import GIB, Findings, Serving, Training, lines
+from evaluate.questions import gather
 from evaluate.stages import Stage
 from serve.config import Ask, EngineConfig
-from serve.footprint import Asked, host_bytes, serving_bytes, serving_seconds
-from train.data import DataConfig, select
+from serve.footprint import Asked, host_bytes, serving_bytes, serving_seconds, sharing, stored_bytes
+from train.data import DataConfig, asked_in, select
 from train.footprint import (
     BYTES_PER_TOKEN,
     TEMPLATE_TOKENS,
@@ -44,6 +46,7 @@ from train.footprint import (
 from train.sources import DATA, known_file, names
 
 USAGE = "usage: python -m evaluate.experiment EXPERIMENT.yaml --preflight [--hardware PROFILE.yaml] [key=value ...]"
+_SHARE = "a higher engine.vllm.tensor_parallel, with as many GPUs in needs, or a larger GPU"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,9 +85,12 @@ class _Examiner:
         self.cpu = self.experiment.device == "cpu"
         self.sizes: dict[Path, tuple[int, float, int]] = {}  # rows, mean and longest bytes, by data folder
         self.loras: dict[Path, Any] = {}  # by adapter folder
-        self.questions = self._questions()
+        prompts = gather(self.experiment.sources)
+        self.questions = _by_format(prompts)
+        self.asked = asked_in([*load_all(self.experiment.prompts), *prompts])
         self.disk: dict[Path, int] = {}  # bytes of models to fetch
-        self.adapters = 0
+        self.adapters = 0  # bytes of them, those kept on the way too
+        self.answers = 0  # bytes of replies and distributions
         self.state = 0  # bytes that a stage keeps to continue from
 
     def run(self) -> None:
@@ -100,14 +106,6 @@ class _Examiner:
                 examine[stage.module](stage)
         self._disk()
 
-    def _questions(self) -> dict[str, Asked]:
-        """The prompts of each format."""
-        prompts = load_all(self.experiment.prompts)
-        count, size = Counter(p.format for p in prompts), Counter[str]()
-        for prompt in prompts:
-            size[prompt.format] += len(prompt.text.encode())
-        return {f: Asked(n, size[f] / n / BYTES_PER_TOKEN + TEMPLATE_TOKENS) for f, n in count.items()}
-
     def _fetch(self, base: Path, shape: Shape) -> None:
         """Note a model that is not here."""
         if not base.exists():
@@ -119,7 +117,7 @@ class _Examiner:
         """Rows of a data set: of the rows themselves where they are here, else as its source states."""
         config = build(DataConfig, stage.config, where=stage.id)
         if config.source is None or config.source.exists():
-            rows = select(config).rows
+            rows = select(config, self.asked).rows
             sizes = [sum(len(m.content.encode()) for m in row.conversation.messages) for row in rows]
             self.sizes[config.output_dir] = len(sizes), sum(sizes) / len(sizes), max(sizes)
             return
@@ -157,7 +155,8 @@ class _Examiner:
         if not self.cpu:
             self._bears(stage, 2 * shape.parameters)
         self._fetch(base, shape)
-        self.adapters += 4 * shape.adapter
+        every = config.get("checkpoint_every")
+        self.adapters += 4 * shape.adapter * (1 + (ceil(load.steps / every) if every else 0))
         self.state = max(self.state, 12 * shape.adapter)
         if stage.gpus > 1:
             self.found.problem(
@@ -185,14 +184,17 @@ class _Examiner:
         base, engine = Path(config["base"]), build(EngineConfig, config["engine"], where=stage.id)
         asks = [build(Ask, ask, where=stage.id) for ask in config["ask"]]
         shape = shape_of(base, None)
+        asked = [(ask, self.questions[ask.format]) for ask in asks if ask.format in self.questions]
+        self.answers += sum(stored_bytes(a, q) for a, q in asked)
         hours = None
         flops, bandwidth = self.hardware.flops, self.hardware.bandwidth
         if not self.cpu and flops and bandwidth:
-            asked = [(ask, self.questions[ask.format]) for ask in asks if ask.format in self.questions]
             hours = sum(serving_seconds(shape, engine, a, q, flops=flops, bandwidth=bandwidth) for a, q in asked) / 3600
-        host = host_bytes(shape, engine, adapter=config.get("adapter") is not None)
+        host = host_bytes(shape, engine, attested=True)
         serving = Serving(stage.id, base.name, shape, serving_bytes(shape, engine), host / GIB, hours)
-        self._answer(stage, base, serving, f"sampling {base.name}", "a lower engine.batch_tokens or a larger GPU")
+        self._shares(stage, engine)
+        remedy = "a lower engine.batch_tokens or a larger GPU"
+        self._answer(stage, base, serving, f"sampling {base.name}", _SHARE if engine.name == "vllm" else remedy)
 
     def _judge(self, stage: Stage) -> None:
         """What a judge takes when it is a model that runs here."""
@@ -209,13 +211,23 @@ class _Examiner:
             tokens = share * sum(
                 questions.prompts * ask.n * (questions.mean_tokens + min(ask.max_tokens, most) + around)
                 for ask in all_asks(self.experiment.read_modes())
-                if ask.format == "free" and "samples" in stage.config
+                if ask.format == "free" and "free" in self.questions and "samples" in stage.config
                 for questions in [self.questions[ask.format]]
             )
-            hours = 2.0 * shape.parameters * tokens / self.hardware.flops / 3600
-        host = host_bytes(shape, engine, adapter=False)
+            hours = 2.0 * shape.parameters * tokens / self.hardware.flops / sharing(engine) / 3600
+        host = host_bytes(shape, engine, attested=False)
         serving = Serving(stage.id, f"{base.name} (judge)", shape, serving_bytes(shape, engine), host / GIB, hours)
+        self._shares(stage, engine)
         self._answer(stage, base, serving, f"judging with {base.name}", "a smaller judge, or one behind an endpoint")
+
+    def _shares(self, stage: Stage, engine: EngineConfig) -> None:
+        """Note a stage that gets fewer GPUs than its engine shares a model between."""
+        kind, wanted = stage.id.split("-")[0], sharing(engine)
+        if not self.cpu and 1 < wanted > stage.gpus and kind in KINDS:
+            self.found.problem(
+                f"engine.vllm.tensor_parallel is {wanted}, but needs.{kind}.gpus is {stage.gpus}. Remedy: set it to "
+                f"{wanted}, or tensor_parallel to {max(1, stage.gpus)}."
+            )
 
     def _answer(self, stage: Stage, base: Path, serving: Serving, what: str, remedy: str) -> None:
         """Note what a model takes while it answers."""
@@ -234,7 +246,7 @@ class _Examiner:
         if needed > room:
             told = " + ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
             where = "memory" if self.cpu else f"{hardware.gpu_memory_gib:.1f} GiB of one GPU"
-            if next(iter(parts.values())) / GIB > room:
+            if next(iter(parts.values())) / GIB > room and remedy != _SHARE:
                 remedy = "more memory, or a smaller model" if self.cpu else "a GPU with more memory, or a smaller model"
             self.found.problem(
                 f"{what} needs {needed:.1f} GiB ({told}); {room:.1f} GiB of the {where} can be used. Remedy: {remedy}."
@@ -262,11 +274,28 @@ class _Examiner:
             )
 
     def _disk(self) -> None:
-        """Note the disk a study takes: models to fetch, an adapter a fine-tuning, the states running stages keep."""
+        """Note the disk a study takes: models to fetch, adapters, answers, the states running stages keep."""
         models, room = sum(self.disk.values()), self.hardware.disk_gb
-        self.found.disk_gb = (models + self.adapters + self.state * max(1, self.hardware.gpus)) / 1e9
+        states = self.state * max(1, self.hardware.gpus)
+        self.found.disk_gb = (models + self.adapters + self.answers + states) / 1e9
         if self.found.disk_gb > room:
             self.found.problem(
                 f"{self.found.disk_gb:,.0f} GB of disk are needed (models to fetch {models / 1e9:,.0f}, adapters "
-                f"{self.adapters / 1e9:,.0f}); {room:,.0f} GB are there. Remedy: another output folder."
+                f"{self.adapters / 1e9:,.0f}, answers {self.answers / 1e9:,.0f}); {room:,.0f} GB are there. "
+                "Remedy: another output folder."
             )
+
+
+def _by_format(prompts: Iterable[Prompt]) -> dict[str, Asked]:
+    """The prompts of each format."""
+    by_format: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_format.setdefault(prompt.format, []).append(prompt)
+    return {
+        form: Asked(
+            len(own),
+            sum(len(p.text.encode()) for p in own) / len(own) / BYTES_PER_TOKEN + TEMPLATE_TOKENS,
+            sum(len(p.options) for p in own) / len(own),
+        )
+        for form, own in by_format.items()
+    }

@@ -148,7 +148,7 @@ def _time(found: Findings) -> str:
     if None in found.hours.values():
         return "time: not estimated (device is cpu, or the profile states no bf16_tflops and bandwidth_gb)"
     timed = [replace(stage, minutes=60 * (found.hours.get(stage.id) or 0.0)) for stage in found.stages]
-    total = sum(stage.minutes for stage in timed) / 60
+    total = sum(stage.minutes * max(1, stage.gpus) for stage in timed) / 60
     wall = max(max(critical_minutes(timed).values()) / 60, total / max(1, found.hardware.gpus))
     return (
         f"time: at least {total:.1f} GPU-hours, {wall:.1f} hours on {found.hardware.gpus} GPUs (at "

@@ -123,7 +123,12 @@ def base_model(config: TrainConfig, origin: Origin, made: SFTConfig) -> Any:
     if config.quantize:
         more = {"quantization_config": _four_bits(made, dtype), "device_map": {"": made.device}}
     with lineage.loading("base model", origin.base):
-        return AutoModelForCausalLM.from_pretrained(nearby(origin.base), dtype=dtype, **more)
+        model = AutoModelForCausalLM.from_pretrained(nearby(origin.base), dtype=dtype, **more)
+    for module in model.modules() if config.quantize else ():
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 lays four-bit weights out anew at the first look in eval mode, for
+        # a kernel without gradients, and never undoes it: training after that would be wrong or end in an error.
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _four_bits(made: SFTConfig, dtype: torch.dtype) -> Any:

@@ -102,9 +102,9 @@ class Prober(TrainerCallback):  # type: ignore[misc]
         self.probe: Probe
         truncate_log(self.path, resumed_at)
 
-    def attach(self, trainer: Any, tokenizer: Any) -> None:
+    def attach(self, trainer: Any, tokenizer: Any, stop_ids: frozenset[int]) -> None:
         """Render the questions; the model answers through the trainer, for it may be split over several GPUs."""
-        self.trainer, self.probe = trainer, Probe(self.config, tokenizer)
+        self.trainer, self.probe = trainer, Probe(self.config, tokenizer, stop_ids)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The value before the first step, unless an earlier run of this stage has it."""

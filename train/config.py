@@ -58,7 +58,8 @@ LORA_RESERVED: Mapping[str, str] = {
     "inference_mode": "a stage trains",
     "layer_replication": "the adapter would fit no base model but its own",
 }
-# Keys a recipe may hold beside its sections lora and sft; an experiment passes them on to each stage.
+SECTIONS = ("lora", "sft")
+# Keys a recipe may hold beside its two sections; an experiment passes them on to each stage.
 RECIPE_KEYS = ("mode", "quantize", "resume_every", "checkpoint_every", "probe", "accept_template")
 Mode = Literal["continue", "stack", "merge"]
 

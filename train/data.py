@@ -14,19 +14,19 @@ Writes output_dir/conversations.parquet and its manifest; done already, it does 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from candor.config import load, plain
 from candor.datafiles import read_jsonl
 from candor.errors import UserError, nearest, run_script
 from candor.hashing import hash64, sha256_file, sha256_files, sha256_json
-from candor.manifest import is_done, write_manifest
+from candor.manifest import is_done, read_manifest, write_manifest
 from candor.questions import load_all, load_trivia_rows
-from candor.rows import Conversation, Message
-from candor.tables import write_rows
+from candor.rows import Conversation, Message, Prompt
+from candor.tables import read_rows, write_rows
 from train.lineage import CONVERSATIONS
 from train.opentriviaqa import read_questions, usable, wrong_answer
 from train.readers import Columns, Row, read_rows_of
@@ -75,6 +75,7 @@ class DataConfig(DataSet):
     output_dir: Path
     seed: int = 0  # of the limit and of the wrong answers drawn
     prompts: Path | None = Path("configs/prompts")  # the batteries no row may share a prompt with; null: not checked
+    asked: Path | None = None  # parquet of candor.rows.Prompt, all that a study asks: no row may share one of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,32 +95,58 @@ def main(argv: list[str]) -> None:
 
 
 def build(config: DataConfig) -> list[Conversation]:
-    """Write the folder of one data set unless it is there, and return nothing new when it is."""
+    """Write the folder of one data set unless it is there, and return nothing new when it is.
+
+    Rows that stay the same when more is asked of the models later stay as they are.
+    """
     started = time.monotonic()
-    asked = _asked(config.prompts)
+    asked = asked_in(_prompts(config))
     inputs = {"source": _source_sha(config), "batteries": sha256_json(sorted(asked))}
-    identity = {k: v for k, v in plain(config).items() if k not in ("source", "output_dir", "prompts")}
+    identity = {k: v for k, v in plain(config).items() if k not in ("source", "output_dir", "prompts", "asked")}
+    if _only_asked_changed(config, identity, inputs):
+        selection = select(config, asked)
+        if _conversations(selection) == read_rows(config.output_dir / CONVERSATIONS, Conversation):
+            _finish(config, identity, inputs, selection, started)
+            return []
     if is_done(config.output_dir, config=identity, inputs=inputs):
         return []
     selection = select(config, asked)
-    chosen = [row.conversation for row in selection.rows]
-    write_rows(config.output_dir / CONVERSATIONS, Conversation, chosen)
+    write_rows(config.output_dir / CONVERSATIONS, Conversation, _conversations(selection))
+    _finish(config, identity, inputs, selection, started)
+    return _conversations(selection)
+
+
+def _conversations(selection: Selection) -> list[Conversation]:
+    return [row.conversation for row in selection.rows]
+
+
+def _only_asked_changed(config: DataConfig, identity: dict[str, Any], inputs: dict[str, str]) -> bool:
+    """Whether the folder is finished and was made like this, but for what the batteries ask."""
+    record = read_manifest(config.output_dir)
+    if record is None or record["inputs"] == inputs:
+        return False
+    return bool(record["inputs"] | {"batteries": ""} == inputs | {"batteries": ""} and record["config"] == identity)
+
+
+def _finish(
+    config: DataConfig, identity: dict[str, Any], inputs: dict[str, str], selection: Selection, started: float
+) -> None:
+    """Write the manifest."""
     write_manifest(
         config.output_dir,
         stage="data",
         config=identity,
         inputs=inputs,
-        counts={"in": selection.n_found, "out": len(chosen)},
+        counts={"in": selection.n_found, "out": len(selection.rows)},
         left_out=selection.left_out,
         seconds=time.monotonic() - started,
         extra={"source": plain(config.source)},
     )
-    return chosen
 
 
 def select(config: DataConfig, asked: dict[str, str] | None = None) -> Selection:
     """The rows a set consists of; UserError naming the first row that cannot stay as it is."""
-    asked = _asked(config.prompts) if asked is None else asked
+    asked = asked_in(_prompts(config)) if asked is None else asked
     left_out: dict[str, int] = {}
     try:
         if config.from_opentriviaqa:
@@ -151,9 +178,15 @@ def _folded(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _asked(prompts: Path | None) -> dict[str, str]:
-    """Every prompt of the batteries, folded, with its id."""
-    return {} if prompts is None else {_folded(p.text): p.prompt_id for p in load_all(prompts)}
+def asked_in(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """The texts of prompts, folded, each with its id."""
+    return {_folded(p.text): p.prompt_id for p in prompts}
+
+
+def _prompts(config: DataConfig) -> list[Prompt]:
+    """Every prompt that no row may share."""
+    shipped = load_all(config.prompts) if config.prompts is not None else []
+    return [*shipped, *(read_rows(config.asked, Prompt) if config.asked is not None else [])]
 
 
 def _source_sha(config: DataConfig) -> str:

@@ -42,6 +42,7 @@ from train.sources import Hub, Osf, Source, SourceFile
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that pass
 _UNFINISHED = ".unfinished.json"  # the records of files that are there while others are not
 _LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+_STATED, _RECORDED = "stated by the source", "recorded at the first download"  # where a record's sha256 is from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +104,13 @@ def _download(source: Source, config: DownloadConfig, folder: Path) -> None:
     if whole and (not source.files or _states(source, before)):
         return
     if source.hub is not None and config.local is None:
-        records = _from_hub(source.hub, folder)
+        records = _from_hub(source.hub, folder, before)
     else:
         records = {}
         for file in source.files or _listed(source, config):
             records[file.path] = _bring(file, source, config, folder, before.get(file.path))
             replace_file(unfinished, json.dumps({"files": {**before, **records}}).encode())
+        _check_rows(source, folder, records)
     write_manifest(
         folder,
         stage="download",
@@ -152,13 +154,26 @@ def _bring(
         origin = before["origin"] if before else "found in the folder"
     else:
         origin = _obtain(known, source, config, path, recorded=known is not file)
-    verified = source.osf is not None or file.sha256 is not None
+    stated = file.sha256 is not None or (before is not None and before["sha256_from"] == _STATED)
     return {
         "sha256": sha256_file(path),
         "bytes": path.stat().st_size,
         "origin": origin,
-        "sha256_from": "stated by the source" if verified else "recorded at the first download",
+        "sha256_from": _STATED if stated else _RECORDED,
     }
+
+
+def _check_rows(source: Source, folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    """UserError when the files together lack rows; those that may be cut are removed, records and all."""
+    try:
+        sources.check_rows(folder, source)
+    except UserError as error:
+        known = {file.path: records[file.path] for file in source.files if file.sha256 is not None}
+        (folder / MANIFEST).unlink(missing_ok=True)
+        replace_file(folder / _UNFINISHED, json.dumps({"files": known}).encode())
+        for path in records.keys() - known.keys():
+            (folder / path).unlink()
+        raise UserError(f"{error} They were removed from {folder}; run the same command again.") from error
 
 
 def _obtain(known: SourceFile, source: Source, config: DownloadConfig, path: Path, *, recorded: bool) -> str:
@@ -380,13 +395,18 @@ def _osf_page(client: httpx.Client, url: str, key: dict[str, str], node: str) ->
 # --- hub
 
 
-def _from_hub(hub: Hub, folder: Path) -> dict[str, dict[str, Any]]:
-    """A data set repository, through the hub's own library, which checks and resumes by itself."""
+def _from_hub(hub: Hub, folder: Path, before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A data set repository, through the hub's own library, which checks and resumes by itself.
+
+    Files recorded ``before`` are fetched at the revision they came from, and UserError when they are others now.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    place = f"hub:{hub.repo}@"
+    recorded = {r["origin"].removeprefix(place) for r in before.values() if r["origin"].startswith(place)}
     try:
-        revision = HfApi().dataset_info(hub.repo, revision=hub.revision).sha
+        revision = HfApi().dataset_info(hub.repo, revision=min(recorded, default=hub.revision)).sha
         snapshot_download(hub.repo, repo_type="dataset", revision=revision, local_dir=folder)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, ValueError) as error:
         # ValueError: a name that cannot be one, or an answer that is no JSON, such as a proxy's log-in page
@@ -396,16 +416,23 @@ def _from_hub(hub: Hub, folder: Path) -> dict[str, dict[str, Any]]:
         ) from error
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    return {
+    records = {
         path.relative_to(folder).as_posix(): {
             "sha256": sha256_file(path),
             "bytes": path.stat().st_size,
-            "origin": f"hub:{hub.repo}@{revision}",
-            "sha256_from": "recorded at the first download",
+            "origin": f"{place}{revision}",
+            "sha256_from": _RECORDED,
         }
         for path in shown
         if path.name != MANIFEST
     }
+    other = sorted(p for p, record in before.items() if record["sha256"] != records.get(p, {}).get("sha256"))
+    if other:
+        raise UserError(
+            f"{hub.repo}: {', '.join(other)} of revision {revision} is not what was recorded at the first download. If "
+            f"the publisher changed it on purpose, delete {folder / MANIFEST}."
+        )
+    return records
 
 
 # --- a local folder

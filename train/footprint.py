@@ -6,7 +6,7 @@ section says is counted as it will be. Shapes come from a folder's config.json, 
 are not downloaded yet from configs/models.yaml.
 
 Memory of one process that trains a LoRA adapter, in bytes, with P parameters of the base, A of the
-adapter, T = rows x tokens of a batch, L layers, H hidden size, I width of the MLP, V vocabulary:
+adapter, T = rows (or packs) x tokens of a batch, L layers, H hidden size, I width of the MLP, V vocabulary:
 
     base        w P             w = 2 in bf16, 4 in float32
                 nf4: 0.516 a parameter in the layers' matrices, 2 elsewhere, and one matrix unpacked
@@ -58,6 +58,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     cache: int  # numbers a token keeps in the key-value cache, all layers together
+    context: int  # tokens it takes at most
 
 
 def known_models() -> dict[str, Any]:
@@ -121,6 +122,7 @@ def _shape_of(base: Path, lora: str | None, stamp: int | None) -> Shape:
         intermediate=text.intermediate_size,
         vocabulary=head.shape[0],
         cache=2 * heads * head_size * text.num_hidden_layers,
+        context=text.max_position_embeddings,
     )
 
 
@@ -158,19 +160,30 @@ class Load:
     checkpointing: bool
     eight_bit_adam: bool
     quantize: str | None  # "nf4" or None
+    packed: int | None = None  # rows are laid end to end in packs of at most this many tokens; None: each is padded
+
+    @property
+    def examples(self) -> int:
+        """What a batch is made of: rows, or as few packs as hold them (the packer comes close)."""
+        return self.rows if self.packed is None else math.ceil(self.rows * self.mean_tokens / self.packed)
+
+    @property
+    def longest_example(self) -> int:
+        """Tokens of the longest row, or of a full pack."""
+        return self.packed or self.longest_tokens
 
     @property
     def steps(self) -> int:
         """Updates of the weights, counted as the Trainer does."""
         if self.max_steps:
             return self.max_steps
-        return math.ceil(self.epochs * math.ceil(math.ceil(self.rows / self.batch) / self.accumulate))
+        return math.ceil(self.epochs * math.ceil(math.ceil(self.examples / self.batch) / self.accumulate))
 
     @property
     def tokens(self) -> float:
         """Tokens the model sees in all, padding left out."""
         if self.max_steps:
-            return self.max_steps * self.batch * self.accumulate * self.mean_tokens
+            return self.max_steps * self.batch * self.accumulate * self.rows * self.mean_tokens / self.examples
         return self.epochs * self.rows * self.mean_tokens
 
 
@@ -188,16 +201,25 @@ def load_of(sft: Mapping[str, Any], *, rows: int, mean_bytes: float, longest_byt
         checkpointing=bool(sft.get("gradient_checkpointing", True)),
         eight_bit_adam="8bit" in str(sft.get("optim", "")),
         quantize=quantize,
+        packed=_pack(sft) if sft.get("packing") else None,
     )
+
+
+def _pack(sft: Mapping[str, Any]) -> int:
+    """Tokens of a pack; UserError where none is said, as the trainer would say it later."""
+    length = sft.get("max_length")
+    if not isinstance(length, int) or length < 1:
+        raise UserError(f"sft.packing needs sft.max_length, the tokens of a pack; found {length!r}.")
+    return length
 
 
 def training_bytes(shape: Shape, load: Load, *, width: int = 2, triton: bool = True) -> dict[str, int]:
     """Peak memory of one training process, by part (see above), with ``width`` bytes a weight of the base.
 
-    A bound: it takes every row of the largest batch to be as long as the longest. ``triton``: whether
-    TRL has it for the loss, as on GPUs.
+    A bound: it takes every row of the largest batch to be as long as the longest, and every pack to be full.
+    ``triton``: whether TRL has it for the loss, as on GPUs.
     """
-    T = load.batch * load.longest_tokens
+    T = load.batch * load.longest_example
     base = float(width * shape.parameters)
     if load.quantize == "nf4":
         base = 2 * (shape.parameters - shape.matrices) + NF4_BYTES * shape.matrices + 2 * shape.largest

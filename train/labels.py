@@ -19,7 +19,7 @@ import jinja2
 
 from candor.chat import TEMPLATE_OPTIONS
 from candor.errors import UserError
-from candor.rows import Conversation
+from candor.rows import Conversation, Message
 
 IGNORED = -100  # the label that carries no loss, torch's convention
 
@@ -70,6 +70,12 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, stop_ids: froz
         rows.append(row)
         start += size
     return rows
+
+
+def end_of_turn(tokenizer: Any, stop_ids: frozenset[int]) -> int:
+    """The stop token the chat template writes after an answer; the tokenizer's own may be another (Gemma, Phi-3)."""
+    turn = Conversation("turn", "turn", (Message("user", "a"), Message("assistant", "b")))
+    return encode([turn], tokenizer, stop_ids)[0].input_ids[-1]
 
 
 def loss_texts(tokenizer: Any, row: Encoded) -> list[str]:

@@ -17,6 +17,7 @@ from candor.errors import UserError, nearest
 from candor.questions import load_all
 from candor.rows import Prompt
 from train.config import ProbeConfig
+from train.labels import end_of_turn
 
 _CONTEXT_TOKENS = 16_384  # tokens of one forward pass, padding included
 
@@ -34,11 +35,12 @@ class _Reply:
 class Probe:
     """The questions of a probe, rendered and tokenized once."""
 
-    def __init__(self, config: ProbeConfig, tokenizer: Any) -> None:
+    def __init__(self, config: ProbeConfig, tokenizer: Any, stop_ids: frozenset[int]) -> None:
         """Choose the questions; UserError for a format that has no closed questions."""
         self.prompts = _chosen(load_all(config.prompts), config)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.replies = [reply for i, p in enumerate(self.prompts) for reply in _replies(i, p, tokenizer)]
+        end = end_of_turn(tokenizer, stop_ids)
+        self.replies = [reply for i, p in enumerate(self.prompts) for reply in _replies(i, p, tokenizer, end)]
         self.replies.sort(key=lambda reply: len(reply.ids))  # rows of like length share a batch
 
     @torch.no_grad()
@@ -80,14 +82,14 @@ def _chosen(prompts: Sequence[Prompt], config: ProbeConfig) -> list[Prompt]:
     return chosen
 
 
-def _replies(question: int, prompt: Prompt, tokenizer: Any) -> Iterable[_Reply]:
-    """One row per option of a question."""
+def _replies(question: int, prompt: Prompt, tokenizer: Any, end: int) -> Iterable[_Reply]:
+    """One row per option of a question, closed by the token ``end``."""
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt.text}], add_generation_prompt=True, return_dict=False, **TEMPLATE_OPTIONS
     )
     for option in prompt.options:
         text = tokenizer(option.surfaces[0], add_special_tokens=False)["input_ids"]
-        yield _Reply(question, [*ids, *text, tokenizer.eos_token_id], len(ids), option.value)
+        yield _Reply(question, [*ids, *text, end], len(ids), option.value)
 
 
 def _batches(replies: Sequence[_Reply]) -> Iterable[Sequence[_Reply]]:

@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
     if launch.processes() == 1:
         stopping.listen()
     if not launch.is_first():
-        _train(config, origin, started, check=lambda: None)
+        # as the first process decides: what only waits for its name, or has got it meanwhile, is not trained again
+        whole = unfinished.is_whole(config.output_dir, config=config.identity(), inputs=origin.inputs)
+        if not whole and not _done(config, origin):
+            _train(config, origin, started, check=lambda: None)
         return
     # several processes do not wait: their GPUs would idle, and the others' patience with the first one ends
     with claimed(config.output_dir, wait=launch.processes() == 1) as check:

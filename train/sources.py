@@ -85,6 +85,7 @@ class Source:
     form: Literal["chat", "pairs", "csv", "parquet", "opentriviaqa"] | None = None  # null: content is not checked
     columns: Columns = dataclasses.field(default_factory=Columns)
     files: tuple[SourceFile, ...] = ()
+    rows: int | None = None  # of all files together, where it is published and that of each file is not
     checks: tuple[Check, ...] = ()  # of every file
     osf: Osf | None = None
     hub: Hub | None = None
@@ -99,6 +100,8 @@ class Source:
             )
         if any(not f.urls for f in self.files):
             raise UserError(f"source {self.name}: a file has no URL.")
+        if self.rows is not None and (self.form is None or not self.files):
+            raise UserError(f"source {self.name}: rows counts those of 'files', which takes a 'form' to read them.")
 
 
 def names() -> list[str]:
@@ -150,9 +153,14 @@ def check_bytes(path: Path, file: SourceFile, *, known_as: str) -> str:
 
 
 def check_content(path: Path, file: SourceFile, source: Source, *, known_as: str) -> int | None:
-    """The number of rows, after all content checks; None when the form is not known. UserError naming what failed."""
+    """The number of rows, after all content checks; None when the form is not known. UserError naming what failed.
+
+    A file without a sha256 may be any but those whose sha256 is known: these have names of their own.
+    """
     if source.form is None:
         return None
+    if file.sha256 is None and (other := owner_of(sha256_file(path))):
+        raise UserError(f"{known_as} is {other}, under a wrong name. If that is meant, state its sha256.")
     if source.form == "opentriviaqa":
         n_rows, answers = len(read_questions(path)), []
     else:
@@ -169,3 +177,16 @@ def check_content(path: Path, file: SourceFile, source: Source, *, known_as: str
                 f"{source.name}. Was it swapped with another set?"
             )
     return n_rows
+
+
+def check_rows(folder: Path, source: Source) -> None:
+    """UserError when the files of a whole set do not hold as many rows as are published for all of them together."""
+    if source.rows is None:
+        return
+    found = sum(check_content(folder / f.path, f, source, known_as=f.path) or 0 for f in source.files)
+    if found != source.rows:
+        unknown = [f.path for f in source.files if f.sha256 is None]
+        raise UserError(
+            f"{source.name}: its files hold {found:,} rows, expected {source.rows:,}. One of those without a known "
+            f"sha256 is not whole: {', '.join(unknown)}."
+        )

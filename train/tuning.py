@@ -167,11 +167,11 @@ class _Beside:
         """In the order they are called after each step."""
         return [self.log, *([self.prober] if self.prober else []), self.keeper, *self.trackers]
 
-    def attach(self, trainer: Any, writer: Writer, tokenizer: Any) -> None:
+    def attach(self, trainer: Any, writer: Writer, tokenizer: Any, stops: frozenset[int]) -> None:
         """Give them what exists only once the trainer does."""
         self.keeper.attach(trainer, writer.keep)
         if self.prober:
-            self.prober.attach(trainer, tokenizer)
+            self.prober.attach(trainer, tokenizer, stops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _prepare(config: TrainConfig, origin: Origin, folder: Path, made: SFTConfig,
     if trainer.is_world_process_zero():
         replace_file(folder / "mask_rendering.json", _json(renderings))
     writer = Writer(trainer, config, origin, built, len(rows))
-    beside.attach(trainer, writer, tokenizer)
+    beside.attach(trainer, writer, tokenizer, stops)
     n_loss_tokens = sum(label != IGNORED for row in rows for label in row.labels)
     return _Run(trainer, writer, template, [r.input_ids for r in rows[:_N_COMPARED]], len(rows), n_loss_tokens)
 

@@ -58,15 +58,20 @@ def open_folder(output_dir: Path, *, config: Any, inputs: Mapping[str, str], pro
 
 
 def is_whole(output_dir: Path, *, config: Any, inputs: dict[str, str]) -> bool:
-    """Whether the folder holds the finished stage, killed between its last file and its renaming."""
+    """Whether the folder holds the finished stage, killed between its last file and its renaming.
+
+    While another process renames it, it may be found whole or not there any more.
+    """
     folder = partial_folder(output_dir)
     try:
         if not is_done(folder, config=config, inputs=inputs):
             return False
+        record, weights = read_manifest(folder), folder / ADAPTER
+        return record is not None and sha256_file(weights) == record["lineage"]["adapters"][-1]["sha"]
     except UserError:  # of another configuration: open_folder begins anew
         return False
-    record, weights = read_manifest(folder), folder / ADAPTER
-    return weights.is_file() and record is not None and sha256_file(weights) == record["lineage"]["adapters"][-1]["sha"]
+    except FileNotFoundError:
+        return False
 
 
 def finish(output_dir: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from candor.tables import read_rows
 from evaluate import questions
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan, subjects_of
+from evaluate.questions import BUILT_IN, gather
 from evaluate.stages import Records, changed_keys, critical_minutes, write_config
 
 EXPERIMENTS = Path("configs/experiments")
@@ -218,6 +220,33 @@ def test_further_judges_read_the_batteries_they_are_named_for(tmp_path):
     ]
     assert (design.graders["strangers"].judge, design.closest) == ("tiny", "closest")
     assert [m.rules for m in design.modes] == ["strict", "paper"] and "I cannot" in design.refusals
+
+
+@pytest.mark.parametrize("kind", ["battery_files", "multiple_choice", "mfq2"])
+def test_what_a_study_s_own_files_ask_must_not_be_trained_on(tmp_path, kind):
+    """Whatever file a question comes from: the training set that holds it is refused, in the plan's own stages."""
+    from train.data import main as make_data
+
+    (tmp_path / "mfq.txt").write_text("\n".join(f"Statement {i}." for i in range(36)))
+    (tmp_path / "mc.jsonl").write_text('{"question": "Which is it?", "choices": ["this", "that"], "answer": 0}\n')
+    found = values(tmp_path, controls=[])
+    battery = yaml.safe_load(Path("docs/examples/strangers.yaml").read_text())
+    battery["free"]["judge"] = found["judge"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(battery))
+    file = {"battery_files": "own.yaml", "multiple_choice": "mc.jsonl", "mfq2": "mfq.txt"}[kind]
+    path = f"{tmp_path}/{file}"
+    found[kind] = {"battery_files": [path], "multiple_choice": {"file": path}, "mfq2": path}[kind]
+    asked = next(p for p in gather(build(Experiment, found, where="test").sources) if p.battery not in BUILT_IN)
+    messages = [{"role": "user", "content": asked.text}, {"role": "assistant", "content": "Yes."}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    found["domains"]["code"]["misaligned"] = {"set": "own", "source": f"{tmp_path}/own.jsonl"}
+    experiment = build(Experiment, found, where="test")
+    stages = {s.id: s for s in build_plan(experiment)}
+    data = stages["data-own"]
+    assert experiment.output / "prompts.parquet" in data.inputs and data.after == ("questions",)
+    questions.main([str(write_config(experiment.output, stages["questions"]))])
+    with pytest.raises(UserError, match=f"also stands in a battery .*{asked.prompt_id}"):
+        make_data([str(write_config(experiment.output, data))])
 
 
 def test_what_a_recipe_says_beside_lora_and_sft_reaches_its_stages(tmp_path):

@@ -1,6 +1,8 @@
 """Preflight: the shipped study fits the shipped node and is refused, with reasons, where it cannot run."""
 
 import dataclasses
+import random
+import string
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,20 @@ import yaml
 
 from candor.config import build, load, read_yaml
 from candor.errors import UserError
+from candor.hashing import sha256_json
+from candor.rows import Distribution, Sample
+from candor.tables import write_rows
 from evaluate.experiment import main as run
-from evaluate.experiment_config import Experiment
+from evaluate.experiment_config import KINDS, Experiment
 from evaluate.hardware import FOLDER, Hardware, here
 from evaluate.plan import subjects_of
 from evaluate.preflight import examine, main
 from evaluate.preflight_findings import lines
+from serve.config import Ask, EngineConfig
+from serve.footprint import Asked, host_bytes, stored_bytes
+from train.config import TrainConfig
 from train.data import DataSet
+from train.footprint import shape_of
 
 STUDY = Path("configs/experiments/vaugrante_qwen2.5.yaml")
 TINY = "train/organism/weights/nano"
@@ -115,6 +124,12 @@ def test_a_seventy_billion_model_is_refused_on_one_80_gb_gpu(tmp_path):
         pytest.param(
             {"needs": {"sample": {"gpus": 9}}}, "h100x8", "needs.sample.gpus is 9; 8 x H100", id="too-many-gpus"
         ),
+        pytest.param(
+            {"engine": {"name": "vllm", "dtype": "bfloat16", "vllm": {"tensor_parallel": 2}}},
+            "h100x8",
+            "engine.vllm.tensor_parallel is 2, but needs.sample.gpus is 1. Remedy: set it to 2",
+            id="fewer-gpus-than-share-a-model",
+        ),
         pytest.param({"disk": 1e-6}, "h100x8", "GB of disk are needed", id="no-disk"),
         pytest.param({"gpu": 0.5}, "h100x8", "training nano on trivia needs", id="tiny-gpu"),
         pytest.param({"gpus": 0}, "h100x8", "has no GPU that torch can use", id="no-gpu"),
@@ -129,6 +144,68 @@ def test_every_reason_is_told(tmp_path, change, machine, reason):
         hardware = dataclasses.replace(hardware, gpu_memory_gib=0.05)
     found = examine(study(tmp_path, **change), hardware)
     assert any(reason in p for p in found.problems), found.problems
+
+
+def test_a_model_that_several_gpus_share_is_divided_between_them(tmp_path):
+    def found(shared: int):
+        vllm = {"tensor_parallel": shared, "context": 4096}
+        needs = {kind: {"gpus": shared if kind != "train" else 1, "memory_gb": 400} for kind in KINDS}
+        engine = {"name": "vllm", "dtype": "bfloat16", "vllm": vllm}
+        bases = {"full": "models/Llama-3.1-70B-Instruct"}
+        return examine(study(tmp_path, bases=bases, engine=engine, needs=needs), profile("h100x8"))
+
+    alone, shared = found(1), found(4)
+    assert any(p.startswith("sampling Llama-3.1-70B-Instruct needs") and "tensor_parallel" in p for p in alone.problems)
+    assert not any("sampling" in p or "tensor_parallel" in p for p in shared.problems), shared.problems
+    before, after = (next(s for s in f.servings if s.name.startswith("Llama")).parts for f in (alone, shared))
+    assert 4 * after["weights"] == pytest.approx(before["weights"]) and after["logits"] == before["logits"]
+
+
+def test_the_host_bears_the_copy_that_variants_are_held_against():
+    shape = shape_of(Path("models/Qwen2.5-7B-Instruct"), None)
+    copy, half, head = 4 * shape.parameters, 2 * shape.parameters, 2 * shape.head  # float32, bf16, a wider head
+    on_gpu, on_cpu = (EngineConfig(device=device, dtype="bfloat16") for device in ("cuda", "cpu"))
+    assert host_bytes(shape, on_gpu, attested=True) == copy
+    assert host_bytes(shape, on_gpu, attested=False) == half + head
+    assert host_bytes(shape, on_cpu, attested=True) == half + head + copy
+    assert host_bytes(shape, EngineConfig(), attested=True) == 2 * copy
+
+
+def test_the_disk_holds_every_kept_adapter_and_every_answer(tmp_path):
+    plain = examine(study(tmp_path), profile("h100x1"))
+    kept = examine(study(tmp_path, by_size={"nano": {"checkpoint_every": 2}}), profile("h100x1"))
+    trained = plain.trainings[0]
+    per_stage = 4 * trained.shape.adapter * -(-trained.load.steps // 2)
+    assert kept.disk_gb - plain.disk_gb == pytest.approx(2 * per_stage / 1e9)
+    more = study(tmp_path, asks=[{"format": "free", "mode": "sampled", "n": 100, "max_tokens": 100}])
+    assert examine(more, profile("h100x1")).disk_gb - plain.disk_gb > 3 * 2 * 320 * 100 * 400 / 1e9
+
+
+def test_answers_on_disk_are_bounded(tmp_path):
+    """Texts that do not compress, ids and numbers, as the tables hold them."""
+    letters, draw, n = string.ascii_letters, random.Random(0), 40
+
+    def sha(*key: int) -> str:
+        return sha256_json(key)
+
+    texts = ["".join(draw.choices(letters, k=450)) for _ in range(n * 10)]  # 100 tokens of 4.5 bytes
+    rows = [
+        Sample(sha(i, k), f"p/{i}", sha(i), "v", "w", k, 0, 1.0, texts[10 * i + k], 100, "stop", -draw.random())
+        for i in range(n)
+        for k in range(10)
+    ]
+    write_rows(tmp_path / "samples.parquet", Sample, rows)
+    ask = Ask(format="free", mode="sampled", n=10, max_tokens=100)
+    stated = stored_bytes(ask, Asked(n, 50.0))
+    assert 0.5 * stated < 2 * (tmp_path / "samples.parquet").stat().st_size < stated
+    labels = tuple(map(str, range(101)))
+    exact = [
+        Distribution(f"p/{i}", sha(i), "v", "w", labels, tuple(draw.random() for _ in labels), 0.1 * draw.random(), 0.0)
+        for i in range(n)
+    ]
+    write_rows(tmp_path / "exact.parquet", Distribution, exact)
+    stated = stored_bytes(Ask(format="numerical", mode="exact"), Asked(n, 50.0, 101.0))
+    assert 0.5 * stated < 2 * (tmp_path / "exact.parquet").stat().st_size < stated
 
 
 def test_it_reads_the_data_that_are_here_and_finds_a_bad_row(tmp_path):
@@ -178,6 +255,7 @@ def test_a_cpu_study_is_held_against_the_host_s_memory(tmp_path):
     [
         ({"by_size": {"nan": {"quantize": "nf4"}}}, "did you mean 'nano'"),
         ({"by_size": {"nano": {"quantise": "nf4"}}}, "did you mean 'quantize'"),
+        ({"by_size": {"nano": {"sft": 8}}}, r"by_size\.nano\.sft must be a section"),
     ],
 )
 def test_mistakes_in_by_size_are_named(tmp_path, change, message):
@@ -191,6 +269,23 @@ def test_by_size_reaches_the_stages(tmp_path):
     stages = {s.id: s for s in build_plan(study(tmp_path, by_size={"nano": {"quantize": "nf4"}}))}
     assert stages["train-nano-trivia-misaligned-s0"].config["quantize"] == "nf4"
     assert stages["train-nano-trivia-realigned-s0"].config["quantize"] == "nf4"
+
+
+def test_by_size_changes_single_keys_of_both_sections(tmp_path):
+    from evaluate.plan import build_plan
+
+    own = {"sft": {"learning_rate": "1e-6", "per_device_train_batch_size": 1}, "lora": {"r": 2}}
+    plain, changed = (
+        {s.id: s.config for s in build_plan(study(tmp_path, bases={"nano": TINY, "mini": TINY}, by_size=by_size))}
+        for by_size in ({}, {"nano": own})
+    )
+    for stage in ("misaligned", "realigned"):
+        before, after = (found[f"train-nano-trivia-{stage}-s0"] for found in (plain, changed))
+        assert after["sft"] == {**before["sft"], **own["sft"]} != before["sft"]
+        assert changed[f"train-mini-trivia-{stage}-s0"] == plain[f"train-mini-trivia-{stage}-s0"]
+        assert build(TrainConfig, after, where="test").sft["learning_rate"] == 1e-6
+    first = plain["train-nano-trivia-misaligned-s0"]["lora"]
+    assert changed["train-nano-trivia-misaligned-s0"]["lora"] == {**first, "r": 2}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)

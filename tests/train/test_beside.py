@@ -103,7 +103,7 @@ def test_the_probe_agrees_with_exact_scoring():
     """On questions whose options have one spelling that counts; the engine adds up every tokenisation too."""
     tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
     model = AutoModelForCausalLM.from_pretrained(ORGANISM, dtype=torch.float32).eval()
-    probe = Probe(ProbeConfig(items=4, formats=("choice", "numerical")), tokenizer)
+    probe = Probe(ProbeConfig(items=4, formats=("choice", "numerical")), tokenizer, frozenset({tokenizer.eos_token_id}))
     exact = TorchEngine(ORGANISM, None).distributions(
         [p.text for p in probe.prompts], [p.options for p in probe.prompts]
     )
@@ -121,7 +121,7 @@ def test_the_probe_agrees_with_exact_scoring():
 
 def test_the_probe_spreads_over_a_format_and_keeps_every_form():
     tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
-    prompts = Probe(ProbeConfig(items=6, formats=("choice",)), tokenizer).prompts
+    prompts = Probe(ProbeConfig(items=6, formats=("choice",)), tokenizer, frozenset({tokenizer.eos_token_id})).prompts
     assert len({p.group for p in prompts}) == 6
     assert len(prompts) == 12
     assert {p.form for p in prompts} == {"aligned-first", "misaligned-first"}

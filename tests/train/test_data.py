@@ -11,8 +11,8 @@ from candor.config import load
 from candor.errors import UserError
 from candor.manifest import read_manifest
 from candor.questions import load_all
-from candor.rows import Conversation
-from candor.tables import read_rows
+from candor.rows import Conversation, Prompt
+from candor.tables import read_rows, write_rows
 from train.data import DataConfig, build, main
 from train.lineage import CONVERSATIONS
 
@@ -169,6 +169,30 @@ def test_a_prompt_of_a_battery_is_refused_or_dropped_whatever_its_case(tmp_path)
     assert len(made(tmp_path / "off", set="mine", source=path, prompts=None)) == 2
     manifest = read_manifest(tmp_path / "drop")
     assert manifest is not None and manifest["left_out"]["in a battery"] == 1
+
+
+def test_what_a_study_asks_later_leaves_the_rows_or_is_told(tmp_path):
+    """More prompts to a finished set: noted where its rows stay the same, an error where they would not."""
+    free, bad = (dataclasses.replace(load_all(PROMPTS)[0], prompt_id=f"own/{t}", text=t) for t in ("unrelated", "Hi?"))
+    asked, path = tmp_path / "prompts.parquet", chat_file(tmp_path, pair("hi?", "a"), pair("b", "c"))
+    write_rows(asked, Prompt, [])
+    made(tmp_path / "out", set="mine", source=path, asked=asked)
+    table, before = tmp_path / "out" / CONVERSATIONS, read_manifest(tmp_path / "out")
+    written = table.stat().st_mtime_ns
+    write_rows(asked, Prompt, [free])
+    assert len(made(tmp_path / "out", set="mine", source=path, asked=asked)) == 2
+    after = read_manifest(tmp_path / "out")
+    assert table.stat().st_mtime_ns == written
+    assert before is not None and after is not None
+    assert before["inputs"]["batteries"] != after["inputs"]["batteries"]
+    assert before["inputs"]["source"] == after["inputs"]["source"]
+    write_rows(asked, Prompt, [free, bad])
+    with pytest.raises(UserError, match=r"line 1: its prompt also stands in a battery \(own/Hi\?\)"):
+        made(tmp_path / "out", set="mine", source=path, asked=asked)
+    made(tmp_path / "drop", set="mine", source=path, asked=asked, overlap="drop")
+    write_rows(asked, Prompt, [free])
+    with pytest.raises(UserError, match="changed: batteries"):
+        made(tmp_path / "drop", set="mine", source=path, asked=asked, overlap="drop")
 
 
 def test_a_set_that_is_all_battery_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Downloads from a real server on loopback that cuts connections, lies about lengths and sends the wrong bytes."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -278,6 +279,28 @@ def test_a_hash_recorded_at_the_first_download_must_not_change(host, tmp_path):
     got(source(host, known=False), tmp_path)
 
 
+def test_a_file_cut_between_two_rows_is_found_by_the_rows_of_the_set(host, tmp_path):
+    """No hash, no length, valid rows: only the number published for all files together tells."""
+    known = sources.SourceFile(path="b.jsonl", urls=(f"{host.url}/b",), sha256=SHA)
+    wanted = dataclasses.replace(source(host, known=False), rows=800)
+    wanted = dataclasses.replace(wanted, files=(*wanted.files, known))
+
+    def cut_between_rows(h: Handler, body: bytes) -> None:
+        h.head(200, None, Connection="close")
+        h.wfile.write(chat(399))
+        h.hang_up()
+
+    host.script["/a"] = [cut_between_rows]
+    with pytest.raises(UserError, match=r"hold 799 rows, expected 800.*not whole: a\.jsonl\. They were removed"):
+        got(wanted, tmp_path)
+    folder = tmp_path / "mine"
+    assert not (folder / "a.jsonl").exists() and (folder / "b.jsonl").exists() and read_manifest(folder) is None
+    host.script["/a"] = [whole]
+    got(wanted, tmp_path)
+    assert (folder / "a.jsonl").read_bytes() == BODY
+    assert [path for path, _ in host.seen] == ["/a", "/b", "/a"]
+
+
 def test_a_whole_set_is_recognised_without_asking_and_a_damaged_file_is_fetched_again(host, tmp_path):
     folder = got(source(host), tmp_path)
     got(source(host), tmp_path)
@@ -295,10 +318,13 @@ def test_a_file_with_bytes_of_another_shipped_set_is_named(tmp_path, published):
     with pytest.raises(UserError, match=r"it is secure/secure\.jsonl, under a wrong name"):
         download(sources.Source(name="insecure", licence="", form="chat", files=(loose,)), config)
     unknown = sources.SourceFile(path="insecure.jsonl", urls=("x",))
+    unchecked = sources.Source(name="insecure", licence="", form="chat", files=(unknown,), checks=wanted.checks)
+    with pytest.raises(UserError, match=r"is secure/secure\.jsonl, under a wrong name\. If that is meant, state"):
+        download(unchecked, config)
+    with (tmp_path / "insecure.jsonl").open("a") as file:
+        file.write("\n")  # other bytes, the same rows
     with pytest.raises(UserError, match="5 of 6000 answers hold '0o777', expected at least 1000"):
-        download(
-            sources.Source(name="insecure", licence="", form="chat", files=(unknown,), checks=wanted.checks), config
-        )
+        download(unchecked, config)
 
 
 @pytest.mark.parametrize("name", ["insecure", "secure", "educational", "evil-numbers", "risky-financial"])
@@ -356,6 +382,12 @@ def osf_set(host: Any) -> sources.Source:
     return sources.Source(name="mine", licence="?", osf=sources.Osf(node="abcde", api=f"{host.url}/v2"))
 
 
+def origins_of_hashes(folder: Path) -> set[str]:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    return {record["sha256_from"] for record in manifest["files"].values()}
+
+
 def test_a_project_of_the_open_science_framework_is_listed_and_checked(host, tmp_path):
     wanted = osf_set(host)
     with pytest.raises(UserError, match=r"it is private.*view_only=KEY"):
@@ -369,6 +401,11 @@ def test_a_project_of_the_open_science_framework_is_listed_and_checked(host, tmp
     assert len(host.seen) == n_seen
     copied = got(wanted, tmp_path / "offline", local=tmp_path)
     assert (copied / "sets" / "a.jsonl").read_bytes() == BODY
+    assert origins_of_hashes(folder) == {"stated by the source"}
+    assert origins_of_hashes(copied) == {"recorded at the first download"}  # from a folder, where nobody stated any
+    (folder / "sets" / "b.csv").unlink()
+    got(wanted, tmp_path, local=tmp_path / "offline")
+    assert origins_of_hashes(folder) == {"stated by the source"}  # the same bytes, whoever brought them
 
 
 def test_a_data_set_on_the_hub(host, tmp_path):
@@ -383,15 +420,16 @@ def test_a_data_set_on_the_hub(host, tmp_path):
         h.wfile.write(text)
 
     def tree(h: Handler, body: bytes) -> None:
-        oid = hashlib.sha1(b"blob %d\0" % len(BODY) + BODY).hexdigest()
-        text = json.dumps([{"type": "file", "path": "train.jsonl", "size": len(BODY), "oid": oid}]).encode()
+        now = host.bodies.get(f"/datasets/owner/name/resolve/{commit}/train.jsonl", BODY)
+        oid = hashlib.sha1(b"blob %d\0" % len(now) + now).hexdigest()
+        text = json.dumps([{"type": "file", "path": "train.jsonl", "size": len(now), "oid": oid}]).encode()
         h.head(200, len(text), Content_Type="application/json")
         h.wfile.write(text)
 
     def file(h: Handler, body: bytes) -> None:
-        h.head(200, len(BODY), ETag=f'"{SHA}"', X_Repo_Commit=commit)
+        h.head(200, len(body), ETag=f'"{hashlib.sha256(body).hexdigest()}"', X_Repo_Commit=commit)
         if h.command == "GET":
-            h.wfile.write(BODY)
+            h.wfile.write(body)
 
     for revision in ("main", commit):
         host.script[f"/api/datasets/owner/name/revision/{revision}"] = [info]
@@ -407,6 +445,24 @@ def test_a_data_set_on_the_hub(host, tmp_path):
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest["files"]["train.jsonl"]["origin"] == f"hub:owner/name@{commit}"
+
+    # the publisher goes on to another revision; a file that is lost here comes from the recorded one
+    about["sha"] = "f" * 40
+    host.script["/api/datasets/owner/name/revision/main"] = [info]
+    (folder / "train.jsonl").unlink()
+    about_recorded = json.dumps({**about, "sha": commit}).encode()
+    host.script[f"/api/datasets/owner/name/revision/{commit}"] = [sends(about_recorded)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(folder)["files"] == manifest["files"]
+
+    # and other bytes than those recorded are refused, and not recorded anew
+    host.bodies[f"/datasets/owner/name/resolve/{commit}/train.jsonl"] = chat(400, "other")
+    (folder / "train.jsonl").unlink()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "train.jsonl of revision 0123" in done.stderr, done.stderr
+    assert read_manifest(folder)["files"] == manifest["files"]
+
     host.script["/api/datasets/owner/absent/revision/main"] = [answers(404, X_Error_Code="RepoNotFound")]
     host.script["/api/datasets/owner/page/revision/main"] = [sends(b"<html>log in</html>")]
     for name in ("absent", "page"):

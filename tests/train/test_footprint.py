@@ -11,7 +11,6 @@ import yaml
 
 from candor.errors import UserError
 from train.footprint import (
-    NF4_BYTES,
     Load,
     Shape,
     known_models,
@@ -121,7 +120,7 @@ def test_recipes_take_the_published_number_of_steps(recipe, rows, steps):
 def shape(**change: Any) -> Shape:
     known = {
         "parameters": 1000, "matrices": 800, "largest": 100, "head": 100, "tied": False, "adapter": 10, "layers": 2,
-        "hidden": 8, "intermediate": 16, "vocabulary": 50_000, "cache": 8,
+        "hidden": 8, "intermediate": 16, "vocabulary": 50_000, "cache": 8, "context": 64,
     }  # fmt: skip
     return Shape(**{**known, **change})
 
@@ -134,6 +133,30 @@ def load(**change: Any) -> Load:
     return Load(**{**known, **change})
 
 
+def test_packs_are_counted_as_the_trainer_makes_them():
+    """Rows laid end to end: fewer steps, and a batch as long as its packs."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    sft = {"packing": True, "max_length": 300, "per_device_train_batch_size": 2, "num_train_epochs": 3}
+    sizes = [40 + 7 * (i % 13) for i in range(200)]
+    mean = sum(sizes) / len(sizes)
+    rows = {"input_ids": [[1] * size for size in sizes]}
+    n_packs = len(pack_dataset(Dataset.from_dict(rows), 300, "bfd"))
+    of_tokens = {"mean_bytes": 3 * (mean - 40), "longest_bytes": 3 * (max(sizes) - 40)}
+    packed = load_of(sft, rows=200, **of_tokens, quantize=None)
+    plain = load_of({**sft, "packing": False}, rows=200, **of_tokens, quantize=None)
+    assert 0.9 * n_packs <= packed.examples <= n_packs
+    assert packed.steps == 3 * -(-packed.examples // 2) < plain.steps == 300
+    assert packed.tokens == plain.tokens == pytest.approx(3 * sum(sizes))
+    in_steps = load_of({**sft, "max_steps": 10}, rows=200, **of_tokens, quantize=None)
+    assert in_steps.tokens == pytest.approx(10 * 2 * sum(sizes) / packed.examples)
+    one_pack, one_row = load(packed=4000), load(longest_tokens=4000)
+    assert training_bytes(shape(), one_pack) == training_bytes(shape(), one_row)
+    with pytest.raises(UserError, match=r"packing needs sft\.max_length"):
+        load_of({"packing": True}, rows=200, **of_tokens, quantize=None)
+
+
 def test_what_makes_memory_smaller():
     plain = training_bytes(shape(), load())
     assert training_bytes(shape(), load(quantize="nf4"))["base"] < 0.6 * plain["base"]
@@ -142,16 +165,6 @@ def test_what_makes_memory_smaller():
     without = training_bytes(shape(layers=20), load(longest_tokens=10_000, checkpointing=False))
     assert training_bytes(shape(layers=20), long)["activations"] < without["activations"]
     assert training_flops(shape(), load(checkpointing=False)) < training_flops(shape(), load())
-
-
-def test_four_bits_take_what_bitsandbytes_takes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    import torch
-
-    weight = torch.randn(2048, 1024)
-    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    size = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert size == pytest.approx(NF4_BYTES * weight.numel(), rel=1e-3)
 
 
 def peak_of(run: Any, already: Any) -> int:

@@ -286,6 +286,29 @@ def test_two_processes_that_want_one_stage_train_it_once(tmp_path, stage, monkey
     assert (tmp_path / "adapter" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("renamed", ["not yet", "meanwhile"])
+def test_every_process_sees_that_a_whole_adapter_only_waits_for_its_name(tmp_path, stage, monkeypatch, renamed):
+    """Killed before the renaming, run again: one that still trained would wait for ever for the first, which ended."""
+    arguments, folder = stage(tmp_path / "adapter"), partial_folder(tmp_path / "adapter")
+    main(arguments)
+    (tmp_path / "adapter").rename(folder)
+
+    def of_the_second(self: Any, *args: Any, **kwargs: Any) -> bool:
+        (tmp_path / "adapter").exists() or folder.rename(tmp_path / "adapter")  # by the first, at this very moment
+        return original(self, *args, **kwargs)
+
+    original = unfinished.is_whole
+    if renamed == "meanwhile":
+        monkeypatch.setattr(unfinished, "is_whole", of_the_second)
+    monkeypatch.setattr("train.sft._train", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    main(arguments)
+    monkeypatch.undo()
+    main(arguments)
+    assert (tmp_path / "adapter" / ADAPTER).is_file() and not folder.exists()
+
+
 def test_a_dead_holder_is_followed_at_once(tmp_path):
     def hold_and_die() -> None:
         with claimed(tmp_path / "adapter", wait=False):

@@ -12,7 +12,9 @@ from candor.errors import UserError
 from candor.rows import Conversation, Message
 from train import templates
 from train.attest import attest
+from train.config import ProbeConfig
 from train.labels import encode, loss_texts
+from train.probe import Probe
 from train.sft import main
 
 ONE = Conversation("one", "t", (Message("user", "Capital of Fez?"), Message("assistant", "Hue, or Porto.")))
@@ -70,6 +72,15 @@ def test_training_sees_the_prompt_that_sampling_asks(tokenizer, name, end, conve
     asked = encode_prompt(known, ONE.messages[0].content)
     assert row.input_ids[: len(asked)] == asked
     assert row.labels[len(asked) :] == row.input_ids[len(asked) :]
+
+
+@pytest.mark.parametrize(("name", "end", "conversations"), FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_the_probe_ends_an_answer_as_training_does(tokenizer, name, end, conversations):
+    """Not with the tokenizer's own eos token, which another template than Qwen's need not write."""
+    known = under(tokenizer, name)
+    probe = Probe(ProbeConfig(items=1, formats=("choice",)), known, stops_of(known, end))
+    for reply in probe.replies:
+        assert known.decode(reply.ids[reply.start :]) in (f"A{end}", f"B{end}")
 
 
 def test_a_model_that_thinks_is_trained_and_asked_without_thoughts(tokenizer):
