@@ -32,6 +32,7 @@ import torch
 
 from candor.errors import UserError
 from candor.hashing import hash64
+from candor.nearby import nearby
 from candor.rows import Option
 from serve.config import EngineConfig, VllmConfig
 from serve.engine import OptionScores, Reply, Request
@@ -185,7 +186,7 @@ class Running:
                 torch.set_num_threads(config.threads)
         try:
             self.llm = LLM(
-                model=str(base),
+                model=str(nearby(base)),
                 dtype=config.dtype,
                 seed=0,
                 max_model_len=self.settings.context,
