@@ -53,7 +53,7 @@ def estimate(
     """Everything that can be said without a node."""
     wanted = [s for job in jobs for of in job.elements.values() for s in of]
     problems: list[str] = [*_accelerate(profile)]
-    notes: list[str] = []
+    notes: dict[tuple[str, str], str] = {}  # one of each sort for a kind of job
     disk, hours_of = None, {}
     if profile.hardware is not None:
         from evaluate.preflight import examine  # counts parameters on the real architecture: imports torch
@@ -71,15 +71,17 @@ def estimate(
     slots = [replace(s, gpus=1) for s in timed]  # a job is a job, whatever it holds
     n = sum(len(job.elements) for job in jobs)
     if n > max_jobs:
-        notes.append(f"{n} array elements, of which {max_jobs} may be in the queue: the rest is for later")
-    for job in jobs:
+        notes["", ""] = f"{n} array elements; the queue has room for {max_jobs}, the rest is for later"
+    for job in sorted(jobs, key=lambda job: _longest(job, hours_of)):
         asked = f"{job.needs.minutes} minutes"
         if job.needs.minutes < job.needs.wanted:
-            notes.append(f"{job.name}: {asked} are asked for, not {job.needs.wanted}: its partition gives no more")
+            notes[job.kind, "asked"] = (
+                f"{job.kind}: {asked} are asked for, not {job.needs.wanted}: the partition gives no more"
+            )
         if hours_of and (longest := _longest(job, hours_of)) * 60 > job.needs.minutes:
             if job.kind in _GOES_ON:
-                notes.append(
-                    f"{job.name}: {longest:.1f} hours are needed at least, in turns of {asked}: {_GOES_ON[job.kind]}"
+                notes[job.kind, "turns"] = (
+                    f"{job.kind}: {longest:.1f} hours are needed at least, in turns of {asked}: {_GOES_ON[job.kind]}"
                 )
             else:
                 problems.append(
@@ -98,7 +100,7 @@ def estimate(
         disk_gb=disk,
         dollars=_dollars(experiment, wanted),
         problems=tuple(dict.fromkeys((*problems, *_paths(experiment.output, wanted)))),
-        notes=tuple(notes),
+        notes=tuple(notes.values()),
     )
 
 

@@ -146,7 +146,7 @@ class _Grouping:
         minutes = sum(s.minutes if options.minutes is None else options.minutes for s in stages)
         wanted = math.ceil(max(minutes * self.profile.margin, self.profile.minutes_at_least))
         # of several partitions (a,b) Slurm takes the first that is free
-        names = options.partition.split(",") if options.partition else [None]
+        names: list[str | None] = [*options.partition.split(",")] if options.partition else [None]
         return Needs(
             cores=options.cores or max(s.cores for s in stages),
             gpus=max(s.gpus for s in stages) if options.gpus is None else options.gpus,

@@ -40,10 +40,7 @@ _STUCK = {
     "PartitionConfig": ("in vain: it asks for more than its partition gives", _ASK_FOR_LESS),
     "PartitionNodeLimit": ("in vain: it asks for more nodes than its partition gives", _ASK_FOR_LESS),
     "PartitionTimeLimit": ("in vain: it asks for more time than its partition gives", _ASK_FOR_LESS),
-    "AssocMaxWallDurationPerJobLimit": (
-        "in vain: it asks for more time than its account has",
-        _ASK_FOR_LESS,
-    ),
+    "AssocMaxWallDurationPerJobLimit": ("in vain: it asks for more time than its account has", _ASK_FOR_LESS),
     "QOSMaxWallDurationPerJobLimit": ("in vain: it asks for more time than its QoS gives", _ASK_FOR_LESS),
     "InvalidAccount": ("in vain: its account is not known", _ASK_FOR_LESS),
     "InvalidQOS": ("in vain: its QoS is not known", _ASK_FOR_LESS),
@@ -88,7 +85,9 @@ def places(run: Path) -> list[Place]:
             for index, stages in of.items():
                 if job not in submission.ids:
                     for stage in stages:
-                        found.setdefault(stage, Place(stage, kind, WAITING, "", "to be submitted", remedy=_SUBMIT))
+                        done = (run / "stages" / f"{stage}.json").is_file()
+                        later = Place(stage, kind, WAITING, "", "to be submitted", remedy=_SUBMIT)
+                        found.setdefault(stage, Place(stage, kind, DONE, "") if done else later)
                     continue
                 element = f"{submission.ids[job]}_{index}"
                 log = submission.folder / "logs" / f"{job}-{index}.out"

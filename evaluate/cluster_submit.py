@@ -70,7 +70,7 @@ def submit(
     run = experiment.output
     stages = build_plan(experiment) if stages is None else stages
     done = Executor(stages, run, Machine(1, 1.0), say).find_done()
-    max_array, max_jobs, max_minutes = _limits(profile, say, dry_run)
+    max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
         queued, stuck = _in_queue(run, done)
         failed = {} if again else _failed(run, stages, done, queued)
@@ -81,7 +81,9 @@ def submit(
         if not jobs:
             say("there is nothing to submit")
             return {}
-        found = checks.estimate(experiment, profile, stages, jobs, max_jobs=max_jobs)
+        if room < 1 and not dry_run:
+            raise UserError("the queue is full. Run the same command again when it is shorter.")
+        found = checks.estimate(experiment, profile, stages, jobs, max_jobs=room)
         for line in checks.lines(found, profile):
             say(line)
         if dry_run:
@@ -95,7 +97,6 @@ def submit(
         _probe(run, profile, stages, jobs, say)
         if stuck:
             call(["scancel", *stuck])
-        room = max_jobs - count_queued(mine=profile.max_jobs is not None)
         return _send(experiment, profile, stages, jobs, words, say, room=room)
 
 
@@ -111,11 +112,6 @@ def _send(
 ) -> dict[str, str]:
     """Write what the jobs read, then call sbatch for one after another, for ``room`` elements at most."""
     run = experiment.output
-    if len(jobs[0].elements) > room:
-        raise UserError(
-            f"the queue has room for {max(0, room)} more elements, and the first array has {len(jobs[0].elements)}. "
-            "Run the same command again when it is shorter (max_jobs in the profile says how many may be in it)."
-        )
     folder = new_folder(run)
     _freeze(folder / "code", profile)
     large = _mark(folder, run, stages)
@@ -249,7 +245,7 @@ def _probe(run: Path, profile: Profile, stages: Sequence[Stage], jobs: Sequence[
 
 
 def _limits(profile: Profile, say: Say, dry_run: bool) -> tuple[int, int, dict[str | None, int]]:
-    """How long an array, how many elements and how long a job may be, the last by partition.
+    """How long an array may be, for how many elements the queue has room, and how long a job may be, by partition.
 
     Assumed where there is no Slurm and nothing is submitted.
     """
@@ -257,13 +253,15 @@ def _limits(profile: Profile, say: Say, dry_run: bool) -> tuple[int, int, dict[s
     try:
         array, jobs = limits()
         minutes = time_limits()
+        there = count_queued(mine=profile.max_jobs is not None)
     except UserError as error:
         if not dry_run:
             raise
         say(f"{error} Arrays of 1001 are assumed.")
-        array, jobs = 1001, 10000
+        array, jobs, there = 1001, 10000, 0
     jobs = profile.max_jobs or jobs
-    return min(profile.max_array or array, jobs), jobs, minutes
+    room = jobs - there
+    return max(1, min(profile.max_array or array, room)), room, minutes
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], str, set[str]]:

@@ -65,7 +65,7 @@ def test_reasons_against_it_are_listed_together(tmp_path):
     found, _ = estimated(tmp_path, profile=profile, max_jobs=5, lost=[Path("models/absent")])
     told = " ".join(found.problems)
     assert "models/absent is not there" in told and "signal_seconds" in told
-    assert any("5 may be in the queue" in note for note in found.notes)
+    assert any("the queue has room for 5" in note for note in found.notes)
     with pytest.raises(UserError, match="nothing was submitted, for"):
         refuse(found.problems)
 

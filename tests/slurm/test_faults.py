@@ -249,12 +249,16 @@ def test_only_turns_that_keep_nothing_new_count_against_a_stage(slurm, tmp_path)
 def test_a_full_queue_gets_what_fits_and_the_rest_later(slurm, tmp_path):
     run = tmp_path / "run"
     stages = [stage(run, "data-x"), stage(run, "train-a", "data-x"), stage(run, "sample-a", "train-a")]
-    sent = Submitted(slurm, run, stages, max_jobs=2)
+    sent = Submitted(slurm, run, stages, max_jobs=2, all={"arguments": ["--hold"]})
     told = "\n".join(sent.lines)
-    assert "of which 2 may be in the queue" in told and "submitted 2 elements in 2 arrays" in told
+    assert "the queue has room for 2, the rest is for later" in told and "submitted 2 elements in 2 arrays" in told
     assert "not submitted: 1 elements in 1 arrays" in told
     assert "python scripts/slurm/submit.py study.yaml --profile virtual" in told
     assert sent.status()["sample-a"] == "waiting"
+    with pytest.raises(UserError, match="the queue is full"):
+        sent.submit()
+    slurm.run("scontrol", "release", *submissions(run)[0].ids.values())
+    sent.profile = replace(sent.profile, all=Options())
     sent.finish()
     assert "to submit the rest, when the queue is shorter: python" in "\n".join(lines(run, places(run)))
     sent.submit()
