@@ -225,25 +225,26 @@ def test_a_preempted_training_goes_on_from_where_it_was(slurm, tmp_path):
 
 
 def test_only_turns_that_keep_nothing_new_count_against_a_stage(slurm, tmp_path):
-    """Two requeues are allowed: a stage that gets on takes more of them, one that forgets everything fails."""
+    """One requeue is allowed: a stage that gets on takes more of them, one that forgets everything fails."""
     run, gate = tmp_path / "run", tmp_path / "gate"
-    slow = {
-        "train_a_one": {"count": 25, "pause": 1.0, "gate": str(gate)},
-        "train_b_one": {"pause": 0.5, "gate": str(gate), "forgetful": True},
-    }
-    sent = Submitted(slurm, run, plan(run, **slow), requeues=2)
-    for turn in range(1, 4):
-        for name in ("train-a-one", "train-b-one"):
+    stages = [
+        stage(run, "train-a", count=25, pause=1.0, gate=str(gate)),
+        stage(run, "train-b", pause=0.5, gate=str(gate), forgetful=True),
+        stage(run, "sample-a", "train-a"),
+    ]
+    sent = Submitted(slurm, run, stages, requeues=1)
+    for turn in (1, 2):
+        for name in ("train-a", "train-b"):
             sent.until_started(name, times=turn)
             slurm.run("scancel", "--signal=USR1", "--batch", sent.element(name))
-    sent.until_started("train-a-one", times=4)
-    sent.until(lambda: sent.status()["train-b-one"] == "failed", "the other one to fail")
+    sent.until_started("train-a", times=3)
+    sent.until(lambda: sent.status()["train-b"] == "failed", "the other one to fail")
     gate.touch()
     sent.finish()
-    state = read_state(run, "train-b-one")
-    assert state is not None and "requeued 3 times in a row and came no further" in state.why
-    assert len(sent.starts("train-b-one")) == 3 and len(sent.starts("train-a-one")) == 4
-    assert sent.status()["sample-a-two"] == "done"
+    state = read_state(run, "train-b")
+    assert state is not None and "requeued 2 times in a row and came no further" in state.why
+    assert len(sent.starts("train-b")) == 2 and len(sent.starts("train-a")) == 3
+    assert sent.status()["sample-a"] == "done"
 
 
 def test_a_full_queue_gets_what_fits_and_the_rest_later(slurm, tmp_path):
