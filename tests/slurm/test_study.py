@@ -26,7 +26,7 @@ TABLES = {"samples": Sample, "distributions": Distribution, "verdicts": Verdict,
 PROFILE = """
 python: {python}
 signal_seconds: 20
-minutes_at_least: 2
+minutes_at_least: 15
 margin: 1
 requeues: 5
 probe_seconds: 10
