@@ -5,23 +5,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from candor.config import load
+from candor.config import load, read_yaml
 from candor.errors import UserError
+from candor.judging import read_template
+from candor.rows import Prompt
 from evaluate.cluster_forecast import play
 from evaluate.cluster_jobs import Job
 from evaluate.cluster_profile import Options, Profile
 from evaluate.cluster_queue import call
 from evaluate.experiment_config import Experiment
 from evaluate.hardware import Hardware
-from evaluate.judge_config import read_judge
+from evaluate.judge_config import JudgeConfig, read_judge
 from evaluate.modes import complete
 from evaluate.questions import gather
 from evaluate.stages import Stage, own_inputs
+from serve.config import Ask
+from serve.plan import is_asked
 
 DEPTHS = (1, 4, 8, 16, 64)  # jobs of a study that run together, of which nobody knows before
-_REPLY_TOKENS = 300  # where the experiment sets no limit
-_RUBRIC_TOKENS = 400  # of a judge's template around a question and its reply
 _BYTES_PER_TOKEN = 3.0
+_GOES_ON = {  # kinds of job that lose nothing, or little, at their time limit
+    "train": "training saves itself and is requeued",
+    "sample": "replies that are made are kept and the rest is made after a requeue",
+    "judge": "verdicts that are given are kept and the rest is given after a requeue",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,7 @@ class Estimate:
     disk_gb: float | None
     dollars: float | None  # of judges behind endpoints, at most; None: they state no price
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what costs time, and nothing else
 
 
 def estimate(
@@ -44,12 +52,15 @@ def estimate(
 ) -> Estimate:
     """Everything that can be said without a node."""
     wanted = [s for job in jobs for of in job.elements.values() for s in of]
-    problems: list[str] = []
+    problems: list[str] = [*_accelerate(profile)]
+    notes: dict[tuple[str, str], str] = {}  # one of each sort for a kind of job
     disk, hours_of = None, {}
     if profile.hardware is not None:
         from evaluate.preflight import examine  # counts parameters on the real architecture: imports torch
 
-        findings = examine(experiment, load(Hardware, profile.hardware))
+        processes = max((_processes(job, profile) for job in jobs if job.kind == "train"), default=1)
+        sharded = processes > 1 and not problems and _is_sharded(profile.options("train"))
+        findings = examine(experiment, load(Hardware, profile.hardware), processes=processes, sharded=sharded)
         problems += findings.problems
         problems += [f"something is not here yet: {command}" for command in findings.to_fetch]
         disk = findings.disk_gb
@@ -60,15 +71,23 @@ def estimate(
     slots = [replace(s, gpus=1) for s in timed]  # a job is a job, whatever it holds
     n = sum(len(job.elements) for job in jobs)
     if n > max_jobs:
-        problems.append(
-            f"{n} array elements, but {max_jobs} may be in the queue. Submit fewer seeds or controls at once."
-        )
-    for job in jobs:
-        if hours_of and (longest := _longest(job, hours_of)) * 60 > job.needs.minutes:
-            problems.append(
-                f"{job.name}: {longest:.1f} hours are needed at least, {job.needs.minutes} minutes would be asked for. "
-                f"Set kinds.{job.kind}.minutes in the profile (or needs in the experiment)."
+        notes["", ""] = f"{n} array elements; the queue has room for {max_jobs}, the rest is for later"
+    for job in sorted(jobs, key=lambda job: _longest(job, hours_of)):
+        asked = f"{job.needs.minutes} minutes"
+        if job.needs.minutes < job.needs.wanted:
+            notes[job.kind, "asked"] = (
+                f"{job.kind}: {asked} are asked for, not {job.needs.wanted}: the partition gives no more"
             )
+        if hours_of and (longest := _longest(job, hours_of)) * 60 > job.needs.minutes:
+            if job.kind in _GOES_ON:
+                notes[job.kind, "turns"] = (
+                    f"{job.kind}: {longest:.1f} hours are needed at least, in turns of {asked}: {_GOES_ON[job.kind]}"
+                )
+            else:
+                problems.append(
+                    f"{job.name}: {longest:.1f} hours are needed at least, {asked} would be asked for. "
+                    f"Set kinds.{job.kind}.minutes in the profile (or needs in the experiment)."
+                )
         if job.needs.minutes * 60 <= profile.signal_seconds:
             problems.append(f"{job.name}: signal_seconds leaves nothing of its {job.needs.minutes} minutes.")
     return Estimate(
@@ -81,6 +100,7 @@ def estimate(
         disk_gb=disk,
         dollars=_dollars(experiment, wanted),
         problems=tuple(dict.fromkeys((*problems, *_paths(experiment.output, wanted)))),
+        notes=tuple(notes.values()),
     )
 
 
@@ -96,6 +116,7 @@ def lines(found: Estimate, profile: Profile) -> Iterator[str]:
     )
     cost = "unknown: a judge's endpoint states no price" if found.dollars is None else f"at most ${found.dollars:,.2f}"
     yield f"judges behind endpoints: {cost}"
+    yield from (f"note: {note}" for note in found.notes)
 
 
 _PROBE = """
@@ -106,9 +127,14 @@ for file; do test -r "$file" || echo "lost $file"; done
 """
 
 
-def probe(run: Path, profile: Profile, stages: Sequence[Stage]) -> str | None:
+def probed(jobs: Sequence[Job], profile: Profile) -> dict[tuple[str, ...], Options]:
+    """What tells the nodes of these jobs apart, as options of Slurm's commands: one node of each is asked."""
+    every = [profile.options(kind) for kind in dict.fromkeys(job.kind for job in jobs)]
+    return {(options.partition or "", options.constraint or ""): options for options in reversed(every)}
+
+
+def probe(run: Path, profile: Profile, options: Options, stages: Sequence[Stage]) -> str | None:
     """Why a node cannot work with the run folder; None when it can, UserError when no node was free to ask."""
-    options = profile.options("prepare")
     files = own_inputs(stages, run)[:200]
     place = [f"--{k}={v}" for k, v in _place(options).items() if v]
     words = [
@@ -121,12 +147,19 @@ def probe(run: Path, profile: Profile, stages: Sequence[Stage]) -> str | None:
     ]
     words += ["bash", "-c", _PROBE, "probe", os.getcwd(), str(run), *map(str, files)]
     told = call(words)
+    node = f"a node{where_asked(options)}"
     if "asked" not in told.split():
-        return f"a node cannot write into {run.absolute()}. Choose an output on a file system that all nodes share."
+        return f"{node} cannot write into {run.absolute()}. Choose an output on a file system that all nodes share."
     lost = [line.removeprefix("lost ") for line in told.splitlines() if line.startswith("lost ")]
     return (
-        f"a node cannot read {', '.join(lost[:3])}. Put the study's inputs where all nodes see them." if lost else None
+        f"{node} cannot read {', '.join(lost[:3])}. Put the study's inputs where all nodes see them." if lost else None
     )
+
+
+def where_asked(options: Options) -> str:
+    """The partition and constraint in words; empty where the cluster's defaults hold."""
+    told = f" of partition {options.partition}" if options.partition else ""
+    return told + (f" with {options.constraint}" if options.constraint else "")
 
 
 def _place(options: Options) -> dict[str, str | None]:
@@ -140,6 +173,25 @@ def _gpu_hours(jobs: Sequence[Job], profile: Profile, minutes: dict[str, float])
         gpus = job.needs.gpus * (profile.options(job.kind).nodes or 1)
         held += gpus * sum(minutes[s.id] for of in job.elements.values() for s in of)
     return held / 60
+
+
+def _processes(job: Job, profile: Profile) -> int:
+    """In how many processes a fine-tuning runs, one a GPU."""
+    options = profile.options(job.kind)
+    return max(1, job.needs.gpus) * (options.nodes or 1) if options.accelerate else 1
+
+
+def _is_sharded(options: Options) -> bool:
+    """Whether accelerate shares the base model out between the processes."""
+    assert options.accelerate is not None
+    return str(read_yaml(options.accelerate).get("distributed_type", "")) == "FSDP"
+
+
+def _accelerate(profile: Profile) -> Iterator[str]:
+    """What is wrong with the configuration for several processes."""
+    path = profile.options("train").accelerate
+    if path is not None and not path.is_file():
+        yield f"{path} (kinds.train.accelerate of the profile) is not there (looked from {Path.cwd()})."
 
 
 def _longest(job: Job, hours: dict[str, float]) -> float:
@@ -172,11 +224,19 @@ def _dollars(experiment: Experiment, stages: Sequence[Stage]) -> float | None:
         batteries = stage.config.get("batteries", ("harmfulness",))
         share = (stage.config.get("subsample") or {}).get("share", 1.0)
         for prompt in prompts:
-            if prompt.battery in batteries:
-                n = max(mode.draws(prompt) for mode in modes) * share
-                asked = len(prompt.text.encode()) / _BYTES_PER_TOKEN + _RUBRIC_TOKENS
-                total += n * judge.price.of(asked + (experiment.max_tokens or _REPLY_TOKENS), judge.max_tokens)
+            sampled = [a for mode in modes for a in mode.asks if a.mode == "sampled" and is_asked(prompt, a)]
+            if prompt.battery in batteries and sampled:
+                n = max(a.n for a in sampled) * share
+                total += n * judge.price.of(_judge_tokens(judge, prompt, sampled), judge.max_tokens)
     return total
+
+
+def _judge_tokens(judge: JudgeConfig, prompt: Prompt, sampled: Sequence[Ask]) -> float:
+    """Tokens that a judge reads about the longest reply: its template, the question with its options, the reply."""
+    template = read_template(judge.template)
+    options = [option.label for option in prompt.options] if template.has_options else []
+    size = sum(len(text.encode()) for text in (template.text, prompt.text, *options))
+    return size / _BYTES_PER_TOKEN + max(a.max_tokens for a in sampled)
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -23,11 +23,22 @@ from pathlib import Path
 from types import FrameType
 
 from candor.errors import UserError, told
-from candor.hashing import sha256_file
-from evaluate.cluster_folder import FOLDER, State, read, read_element, read_marks, state_path, write_marks, write_state
+from candor.hashing import sha256_file, sha256_json
+from evaluate.cluster_folder import (
+    State,
+    claim,
+    read,
+    read_element,
+    read_marks,
+    read_state,
+    state_path,
+    write_marks,
+    write_state,
+)
 from evaluate.crew import Answer, Worker, hire
 from evaluate.stages import Changed, Records, Stage, own_inputs, write_config
 from train.claim import Lost, claimed
+from train.unfinished import partial_folder
 
 DONE, FAILED, REQUEUE, ENDED = 0, 1, 75, 143
 _LOOK_SECONDS = 1.0
@@ -53,6 +64,7 @@ class Element:
         self.node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.worker: Worker | None = None
+        self.kept, self.stalled = "", 0  # of the stage at hand: see State
         self.signal: int | None = None  # that told us to stop
         self.waiting = False
 
@@ -60,8 +72,6 @@ class Element:
         """Every stage in turn; how it ended."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told)
-        if self.restarts > self.about["requeues"]:
-            return self._failed(self.stages[0], f"was requeued {self.restarts} times without coming to its end")
         try:
             for stage in self.stages:
                 code = self._make(stage)
@@ -88,10 +98,11 @@ class Element:
 
     def _make(self, stage: Stage) -> int:
         """One stage, unless it is done or is being made by somebody else, who is waited for."""
+        self.kept, self.stalled = self._progress(stage)
         with contextlib.ExitStack() as stack:
             try:
                 self.waiting = True
-                check = stack.enter_context(claimed(self.run / FOLDER / "claims" / stage.id, wait=True))
+                check = stack.enter_context(claimed(claim(self.run, stage.id), wait=True))
                 self.waiting = False
                 if self.signal:
                     return self._stopped(stage)
@@ -99,6 +110,8 @@ class Element:
                     state_path(self.run, stage.id).unlink(missing_ok=True)
                     self._say(f"{stage.id} was done")
                     return DONE
+                if self.stalled > self.about["requeues"]:
+                    return self._failed(stage, f"was requeued {self.stalled} times in a row and came no further")
                 self._refuse(stage)
                 return self._run(stage, check)
             except _Told:
@@ -113,6 +126,19 @@ class Element:
                 return self._failed(stage, told(error) or repr(error))
             finally:
                 self.waiting = False
+
+    def _progress(self, stage: Stage) -> tuple[str, int]:
+        """Hash of the names of what the stage has made so far, and how many turns in a row added nothing to it.
+
+        States, shards and answers are written once and never changed, so that new ones have new names.
+        """
+        folders = [folder for output in stage.outputs for folder in (output, partial_folder(output))]
+        folders += [Path(stage.config["store"])] if stage.config.get("store") else []
+        names = sorted(str(p) for f in folders for p in f.rglob("*") if not p.name.startswith("."))
+        kept, before = sha256_json(names), read_state(self.run, stage.id)
+        if before is None or before.job != self.name or before.kept != kept:
+            return kept, 0
+        return kept, before.stalled + self.restarts - before.restarts
 
     def _refuse(self, stage: Stage) -> None:
         """UserError when the stage cannot start: a stage before it is not done, or an input is another by now."""
@@ -218,7 +244,15 @@ class Element:
     def _note(self, stage: Stage, status: str, why: str = "", log: str = "") -> None:
         """Write the state; a full disk must not hide the failure that it is."""
         state = State(
-            status=status, job=self.name, node=self.node, restarts=self.restarts, when=time.time(), why=why, log=log
+            status=status,
+            job=self.name,
+            node=self.node,
+            restarts=self.restarts,
+            when=time.time(),
+            why=why,
+            log=log,
+            kept=self.kept,
+            stalled=self.stalled,
         )
         with contextlib.suppress(OSError):
             write_state(self.run, stage.id, state)

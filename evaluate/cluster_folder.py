@@ -6,8 +6,10 @@ RUN/slurm/state/ID.json  what became of a stage the last time a job took it up
 RUN/slurm/claims/        who makes which stage now
 """
 
+import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from candor.tables import replace_file
 from evaluate.cluster_jobs import Job
 from evaluate.stages import FileMark, Stage
+from train.claim import LEASE_SECONDS, claim_path
 
 FOLDER = "slurm"
 
@@ -31,6 +34,8 @@ class State:
     when: float
     why: str = ""
     log: str = ""
+    kept: str = ""  # hash of what the stage had to continue from when this turn began
+    stalled: int = 0  # turns in a row that kept nothing new
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,22 @@ def read_element(folder: Path, job: str, index: int) -> list[Stage]:
         )
         for value in values
     ]
+
+
+def claim(run: Path, stage: str) -> Path:
+    """What the claim on a stage is called by."""
+    return run / FOLDER / "claims" / stage
+
+
+def working(run: Path) -> list[str]:
+    """Stages whose claims gave a sign of life not long ago: jobs are making them now."""
+    pattern, now = claim_path(claim(run, "*")), time.time()
+    found = []
+    for path in sorted(pattern.parent.glob(pattern.name)):
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime < LEASE_SECONDS:
+                found.append(path.name.removeprefix(".").removesuffix(".claim"))
+    return found
 
 
 def write_marks(folder: Path, marks: Mapping[Path, FileMark]) -> None:

@@ -32,7 +32,8 @@ class Needs:
     cores: int
     gpus: int
     memory_gb: float
-    minutes: int  # asked for, with the profile's margin
+    minutes: int  # asked for: with the profile's margin, and no more than the partition gives
+    wanted: int  # the same, were there no partition
 
 
 @dataclass(slots=True)
@@ -55,20 +56,35 @@ def kind_of(stage: Stage) -> str:
 
 
 def make_jobs(
-    stages: Sequence[Stage], *, done: set[str], queued: Mapping[str, str], profile: Profile, max_array: int
+    stages: Sequence[Stage],
+    *,
+    done: set[str],
+    queued: Mapping[str, str],
+    profile: Profile,
+    max_array: int,
+    max_minutes: Mapping[str | None, int] | None = None,
 ) -> list[Job]:
     """The arrays of what is neither done nor in the queue already, each after those it waits for.
 
-    ``queued`` names, by stage, the element of an earlier submission (12_3) that will do it.
+    ``queued`` names, by stage, the element of an earlier submission (12_3) that will do it; ``max_minutes``, by
+    partition, how long a job may be.
     """
-    return _Grouping(done, queued, profile, max_array).of(stages)
+    return _Grouping(done, queued, profile, max_array, max_minutes or {}).of(stages)
 
 
 class _Grouping:
     """Places every stage in an array and at an index."""
 
-    def __init__(self, done: set[str], queued: Mapping[str, str], profile: Profile, max_array: int) -> None:
+    def __init__(
+        self,
+        done: set[str],
+        queued: Mapping[str, str],
+        profile: Profile,
+        max_array: int,
+        max_minutes: Mapping[str | None, int],
+    ) -> None:
         self.done, self.queued, self.profile, self.max_array = done, queued, profile, max_array
+        self.max_minutes = max_minutes
         self.jobs: dict[str, Job] = {}
         self.place: dict[str, tuple[str, int]] = {}  # of a stage: its job and index
         self.open: dict[tuple[object, ...], list[str]] = defaultdict(list)  # jobs by what their elements share
@@ -128,11 +144,15 @@ class _Grouping:
         """What an element asks for: the plan's, the profile's where it says so."""
         options = self.profile.options(kind)
         minutes = sum(s.minutes if options.minutes is None else options.minutes for s in stages)
+        wanted = math.ceil(max(minutes * self.profile.margin, self.profile.minutes_at_least))
+        # of several partitions (a,b) Slurm takes the first that is free
+        names: list[str | None] = [*options.partition.split(",")] if options.partition else [None]
         return Needs(
             cores=options.cores or max(s.cores for s in stages),
             gpus=max(s.gpus for s in stages) if options.gpus is None else options.gpus,
             memory_gb=options.memory_gb or max(s.memory_gb for s in stages),
-            minutes=math.ceil(max(minutes * self.profile.margin, self.profile.minutes_at_least)),
+            minutes=min([wanted, *(self.max_minutes[name] for name in names if name in self.max_minutes)]),
+            wanted=wanted,
         )
 
 

@@ -55,7 +55,7 @@ class Profile:
     margin: float = 1.5  # time asked for, over the plan's
     minutes_at_least: float = 10.0
     signal_seconds: int = 300  # before a job's limit it is told to save what it has and is requeued
-    requeues: int = 20  # of one array element, before it counts as failed
+    requeues: int = 20  # of one array element in a row that bring it no further, before it counts as failed
     max_array: int | None = None  # null: what the cluster says (MaxArraySize)
     max_jobs: int | None = None  # elements you may have in the queue; null: what the cluster says (MaxJobCount)
     probe_seconds: int = 20  # a node is asked whether it sees the run folder, unless none is free for so long; 0: never
@@ -72,6 +72,27 @@ class Profile:
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UserError(f"environment: {name!r} is no name of a variable.")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Refuse several nodes and several processes where they would do nothing, or could not be started."""
+        for kind in KINDS:
+            options = self.options(kind)
+            if (options.nodes or 1) > 1 and (kind != "train" or options.accelerate is None):
+                remedy = (
+                    "Add accelerate: configs/accelerate/fsdp.yaml (or gpus.yaml)."
+                    if kind == "train"
+                    else "Say so under kinds: {train: {nodes: ...}}."
+                )
+                raise UserError(
+                    f"kinds.{kind}: nodes is {options.nodes}, but a job of this kind works on one; the others would "
+                    f"be held for nothing. {remedy}"
+                )
+        if self.container and self.options("train").accelerate is not None:
+            raise UserError(
+                "container and kinds.train.accelerate do not go together: training in several processes is started "
+                "with srun, which a container does not hold. Use a venv (python, setup) for it."
+            )
 
     def options(self, kind: str) -> Options:
         """The section ``all`` with what the kind says in its place; arguments are added."""

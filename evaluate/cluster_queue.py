@@ -69,6 +69,33 @@ def limits() -> tuple[int, int]:
     return int(found.get("MaxArraySize", 1001)), int(found.get("MaxJobCount", 10000))
 
 
+def count_queued(*, mine: bool) -> int:
+    """Elements in the queue: one's own, or everybody's with those Slurm still remembers, which MaxJobCount counts."""
+    return len(call(["squeue", "-h", "-r", "-o", "%i", *(["--me"] if mine else ["-t", "all"])]).splitlines())
+
+
+def time_limits() -> dict[str | None, int]:
+    """Minutes a job may ask for in each partition that limits them; the default partition is None's too."""
+    found: dict[str | None, int] = {}
+    for line in call(["scontrol", "show", "partition", "--oneliner"]).splitlines():
+        words = dict(word.partition("=")[::2] for word in line.split())
+        minutes = _minutes(words.get("MaxTime", ""))
+        if minutes is not None:
+            found[words["PartitionName"]] = minutes
+            if words.get("Default") == "YES":
+                found[None] = minutes
+    return found
+
+
+def _minutes(text: str) -> int | None:
+    """Whole minutes of [days-]hours:minutes:seconds; None for UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, _ = (int(part or 0) for part in match.groups())
+    return (24 * days + hours) * 60 + minutes
+
+
 def last_words(element: str) -> str:
     """How Slurm says an element ended, while it remembers; empty when it does not."""
     try:

@@ -30,6 +30,25 @@ _REASONS = {  # Slurm's words for why an element waits, as far as people need th
     "QOSMaxJobsPerUserLimit": "at your limit of running jobs",
     "AssocMaxJobsLimit": "at your limit of running jobs",
 }
+_RELEASE, _ASK_FOR_LESS, _LOOK, _SUBMIT = "release", "ask for less", "look", "submit"
+# Reasons that do not pass by themselves: how they begin, in words, and what mends them. Slurm spells some with spaces.
+_STUCK = {
+    "JobHeldUser": ("until it is released (scontrol hold)", _RELEASE),
+    "JobHeldAdmin": ("until it is released: an administrator or Slurm itself holds it", _RELEASE),
+    "launch failed requeued held": ("until it is released: it could not be started on its node", _RELEASE),
+    "BadConstraints": ("in vain: no node is as it asks (constraint)", _ASK_FOR_LESS),
+    "PartitionConfig": ("in vain: it asks for more than its partition gives", _ASK_FOR_LESS),
+    "PartitionNodeLimit": ("in vain: it asks for more nodes than its partition gives", _ASK_FOR_LESS),
+    "PartitionTimeLimit": ("in vain: it asks for more time than its partition gives", _ASK_FOR_LESS),
+    "AssocMaxWallDurationPerJobLimit": ("in vain: it asks for more time than its account has", _ASK_FOR_LESS),
+    "QOSMaxWallDurationPerJobLimit": ("in vain: it asks for more time than its QoS gives", _ASK_FOR_LESS),
+    "InvalidAccount": ("in vain: its account is not known", _ASK_FOR_LESS),
+    "InvalidQOS": ("in vain: its QoS is not known", _ASK_FOR_LESS),
+    "PartitionDown": ("for its partition, which is closed", _LOOK),
+    "PartitionInactive": ("for its partition, which is closed", _LOOK),
+    "ReqNodeNotAvail": ("for nodes that are down, drained or reserved", _LOOK),
+    "Nodes required for job are DOWN": ("for nodes that are down, drained or reserved", _LOOK),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +61,7 @@ class Place:
     job: str
     why: str = ""
     log: str = ""
+    remedy: str = ""  # of one that waits and will not be started by itself: see _STUCK
 
 
 def main(argv: list[str]) -> None:
@@ -61,11 +81,18 @@ def places(run: Path) -> list[Place]:
     found: dict[str, Place] = {}  # a later submission's word counts
     for submission in made:
         for job, of in submission.elements.items():
-            for index, stages in of.items() if job in submission.ids else ():
+            kind = job.partition("-")[0]
+            for index, stages in of.items():
+                if job not in submission.ids:
+                    for stage in stages:
+                        done = (run / "stages" / f"{stage}.json").is_file()
+                        later = Place(stage, kind, WAITING, "", "to be submitted", remedy=_SUBMIT)
+                        found.setdefault(stage, Place(stage, kind, DONE, "") if done else later)
+                    continue
                 element = f"{submission.ids[job]}_{index}"
                 log = submission.folder / "logs" / f"{job}-{index}.out"
                 for stage in stages:
-                    found[stage] = _place(run, stage, job.partition("-")[0], element, elements.get(element), log)
+                    found[stage] = _place(run, stage, kind, element, elements.get(element), log)
     return list(found.values())
 
 
@@ -82,7 +109,8 @@ def _place(run: Path, stage: str, kind: str, element: str, queued: Queued | None
             doing = f"on {queued.node} for {queued.minutes}" + ("" if begun else ", not begun yet")
             return Place(stage, kind, RUNNING, element, doing)
         again = f" (stopped before: {state.why})" if state is not None and state.why else ""
-        return Place(stage, kind, WAITING, element, _REASONS.get(queued.reason, queued.reason) + again)
+        why, remedy = _waits(queued.reason)
+        return Place(stage, kind, WAITING, element, why + again, remedy=remedy)
     if state is not None and state.status == "failed":
         return Place(stage, kind, FAILED, element, state.why, state.log or str(log))
     if state is None and not log.exists():
@@ -90,6 +118,15 @@ def _place(run: Path, stage: str, kind: str, element: str, queued: Queued | None
     said = last_words(element)
     why = f"ended{f' on {state.node}' if state else ''} without a word{f'; Slurm says {said}' if said else ''}"
     return Place(stage, kind, FAILED, element, why, str(log))
+
+
+def _waits(reason: str) -> tuple[str, str]:
+    """Slurm's reason in words, and what to do about it, if anything."""
+    plain = reason.replace("_", " ")
+    for start, told in _STUCK.items():
+        if plain.startswith(start):
+            return told
+    return _REASONS.get(reason, reason), ""
 
 
 def lines(run: Path, found: Sequence[Place]) -> Iterator[str]:
@@ -112,18 +149,36 @@ def lines(run: Path, found: Sequence[Place]) -> Iterator[str]:
                 yield f"  and {len(those) - _SHOWN} more"
     for why, n in Counter(place.why for place in found if place.status == WAITING).most_common():
         yield f"waiting {why}: {n}"
-    yield _mend(run, total)
+    yield from _mend(run, found, total)
 
 
-def _mend(run: Path, total: Mapping[str, int]) -> str:
+def _mend(run: Path, found: Sequence[Place], total: Mapping[str, int]) -> Iterator[str]:
     """What to do next."""
-    last = submissions(run)[-1]
-    words = [word for word in read(last.folder / "about.json")["command"] if word != "--resubmit-failed"]
+    about = read(submissions(run)[-1].folder / "about.json")
+    words = [word for word in about["command"] if word != "--resubmit-failed"]
     again = f"python scripts/slurm/submit.py {shlex.join(words)}"
+    stuck = {
+        remedy: " ".join(dict.fromkeys(p.job.partition("_")[0] for p in found if p.remedy == remedy and p.job))
+        for remedy in dict.fromkeys(p.remedy for p in found if p.remedy)
+    }
+    if _RELEASE in stuck:
+        yield f"to let go what is held: scontrol release {stuck[_RELEASE]}   (an administrator's hold: ask them)"
+    if _ASK_FOR_LESS in stuck:
+        yield (
+            "to mend what waits in vain, change that key of the profile, then: "
+            f"scancel --state=PENDING {stuck[_ASK_FOR_LESS]}; {again}"
+        )
+    if _LOOK in stuck:
+        yield "to see why these nodes are away: sinfo -R   (when they are back, the jobs start by themselves)"
     if total[FAILED]:
-        return f"to mend it, remove the cause, then: {again} --resubmit-failed"
-    if total[BLOCKED]:
-        return f"to submit what was cancelled: {again}"
-    if total[RUNNING] or total[WAITING]:
-        return "nothing to mend"
-    return f"all is done; report: {(run / 'report.html').resolve()}"
+        yield f"to mend it, remove the cause, then: {again} --resubmit-failed"
+    elif total[BLOCKED]:
+        yield f"to submit what was cancelled: {again}"
+    elif _SUBMIT in stuck:
+        yield f"to submit the rest, when the queue is shorter: {again}"
+    elif stuck:
+        return
+    elif total[RUNNING] or total[WAITING]:
+        yield "nothing to mend"
+    else:
+        yield f"all is done; report: {(run / 'report.html').resolve()}"

@@ -1,7 +1,8 @@
 """Submits a study to Slurm: estimate, refusals, a frozen copy of the code, then one sbatch call per array.
 
 See scripts/slurm/submit.py. Submitting again is always safe: what is done or in the queue is left
-alone; what failed goes in again with ``--resubmit-failed``, and with it all that waited for it.
+alone; what failed goes in again with ``--resubmit-failed``, and with it all that waited for it. Where
+the queue has no room for all, arrays are sent in the order of the plan as far as they fit.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from evaluate.cluster_folder import (
 )
 from evaluate.cluster_jobs import Job, make_jobs, sbatch_words
 from evaluate.cluster_profile import Profile, read_profile
-from evaluate.cluster_queue import NEVER, call, limits, queue
+from evaluate.cluster_queue import NEVER, call, count_queued, limits, queue, time_limits
 from evaluate.crew import Machine, locked
 from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
@@ -42,6 +43,7 @@ USAGE = (
 )
 _ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
 _HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
+_ACCELERATE = "accelerate.yaml"  # the copy among the code
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 Say = Callable[[str], None]
@@ -68,16 +70,20 @@ def submit(
     run = experiment.output
     stages = build_plan(experiment) if stages is None else stages
     done = Executor(stages, run, Machine(1, 1.0), say).find_done()
-    max_array, max_jobs = _limits(profile, say, dry_run)
+    max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
         queued, stuck = _in_queue(run, done)
         failed = {} if again else _failed(run, stages, done, queued)
-        jobs = make_jobs(stages, done=done, queued=queued, profile=profile, max_array=max_array)
+        jobs = make_jobs(
+            stages, done=done, queued=queued, profile=profile, max_array=max_array, max_minutes=max_minutes
+        )
         say(f"{experiment.name}: {len(stages)} stages, {len(done)} done, {len(queued)} in the queue already")
         if not jobs:
             say("there is nothing to submit")
             return {}
-        found = checks.estimate(experiment, profile, stages, jobs, max_jobs=max_jobs)
+        if room < 1 and not dry_run:
+            raise UserError("the queue is full. Run the same command again when it is shorter.")
+        found = checks.estimate(experiment, profile, stages, jobs, max_jobs=room)
         for line in checks.lines(found, profile):
             say(line)
         if dry_run:
@@ -88,10 +94,10 @@ def submit(
         checks.refuse((*found.problems, *(f"{name} failed: {state.why}" for name, state in failed.items())))
         if dry_run:
             return {}
-        _probe(run, profile, stages, say)
+        _probe(run, profile, stages, jobs, say)
         if stuck:
             call(["scancel", *stuck])
-        return _send(experiment, profile, stages, jobs, words, say)
+        return _send(experiment, profile, stages, jobs, words, say, room=room)
 
 
 def _send(
@@ -101,21 +107,38 @@ def _send(
     jobs: Sequence[Job],
     words: Sequence[str],
     say: Say,
+    *,
+    room: int,
 ) -> dict[str, str]:
-    """Write what the jobs read, then call sbatch for one after another."""
+    """Write what the jobs read, then call sbatch for one after another, for ``room`` elements at most."""
     run = experiment.output
     folder = new_folder(run)
-    _freeze(folder / "code")
+    _freeze(folder / "code", profile)
     large = _mark(folder, run, stages)
     write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | {"large": large})
     (folder / "element.sh").write_text(script(folder.absolute(), profile))
     write_jobs(folder, jobs)
     ids: dict[str, str] = {}
+    sent, why = 0, ""
     for job in jobs:
-        told = call(sbatch_words(job, profile, run=experiment.name, folder=str(folder.absolute()), ids=ids))
+        if sent + len(job.elements) > room:
+            why = f"the queue has room for {room} elements"
+            break
+        try:
+            told = call(sbatch_words(job, profile, run=experiment.name, folder=str(folder.absolute()), ids=ids))
+        except UserError as error:
+            if not ids:
+                raise
+            why = str(error)
+            break
         ids[job.name] = told.strip().partition(";")[0]
         write(folder / "ids.json", ids)
-    say(f"submitted {sum(len(job.elements) for job in jobs)} elements in {len(jobs)} arrays; {folder}")
+        sent += len(job.elements)
+    say(f"submitted {sent} elements in {len(ids)} arrays; {folder}")
+    if why:
+        left = jobs[len(ids) :]
+        say(f"not submitted: {sum(len(job.elements) for job in left)} elements in {len(left)} arrays, since {why}")
+        say(f"to submit them when the queue is shorter: python scripts/slurm/submit.py {shlex.join(words)}")
     say(f"to see how it goes: python scripts/slurm/status.py {run}")
     return ids
 
@@ -152,7 +175,8 @@ def _about(
     if options.accelerate is not None:
         nodes = options.nodes or 1
         launcher = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-        launcher += ["bash", f"{folder.absolute()}/code/scripts/slurm/launch.sh", str(options.accelerate)]
+        code = folder.absolute() / "code"
+        launcher += ["bash", f"{code}/scripts/slurm/launch.sh", f"{code}/{_ACCELERATE}"]
     return {
         "run": str(experiment.output),
         "command": list(words),
@@ -163,12 +187,14 @@ def _about(
     }
 
 
-def _freeze(copy: Path) -> None:
-    """The code of this moment, in a folder that the jobs put first on their path."""
+def _freeze(copy: Path, profile: Profile) -> None:
+    """The code of this moment and what it is launched with, in a folder that the jobs put first on their path."""
     root = Path(__file__).resolve().parent.parent
     for room in _ROOMS:
         shutil.copytree(root / room, copy / room, ignore=shutil.ignore_patterns("weights", "__pycache__"))
     (copy / COMMIT).write_text(commit() + "\n")
+    if (accelerate := profile.options("train").accelerate) is not None:
+        shutil.copyfile(accelerate, copy / _ACCELERATE)
 
 
 def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> list[str]:
@@ -201,29 +227,41 @@ def _failed(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str
     return {name: state for name, state in states.items() if state is not None and state.status == "failed"}
 
 
-def _probe(run: Path, profile: Profile, stages: Sequence[Stage], say: Say) -> None:
-    """Let a node look at the run folder and the inputs."""
-    if not profile.probe_seconds:
-        return
-    try:
-        problem = checks.probe(run, profile, stages)
-    except UserError as error:
-        say(f"no node was free to look at {run} ({error}); the first job will find out")
-        return
-    checks.refuse([problem] if problem else [])
-    say(f"a node can write into {run} and read the inputs")
+def _probe(run: Path, profile: Profile, stages: Sequence[Stage], jobs: Sequence[Job], say: Say) -> None:
+    """Let a node of every partition and constraint look at the run folder and the inputs."""
+    problems = []
+    for options in checks.probed(jobs, profile).values() if profile.probe_seconds else ():
+        where = checks.where_asked(options)
+        try:
+            problem = checks.probe(run, profile, options, stages)
+        except UserError as error:
+            say(f"no node{where} was free to look at {run} ({error}); the first job will find out")
+            continue
+        if problem:
+            problems.append(problem)
+        else:
+            say(f"a node{where} can write into {run} and read the inputs")
+    checks.refuse(problems)
 
 
-def _limits(profile: Profile, say: Say, dry_run: bool) -> tuple[int, int]:
-    """How long an array and how many elements may be; assumed where there is no Slurm and nothing is submitted."""
+def _limits(profile: Profile, say: Say, dry_run: bool) -> tuple[int, int, dict[str | None, int]]:
+    """How long an array may be, for how many elements the queue has room, and how long a job may be, by partition.
+
+    Assumed where there is no Slurm and nothing is submitted.
+    """
+    minutes: dict[str | None, int] = {}
     try:
         array, jobs = limits()
+        minutes = time_limits()
+        there = count_queued(mine=profile.max_jobs is not None)
     except UserError as error:
         if not dry_run:
             raise
         say(f"{error} Arrays of 1001 are assumed.")
-        array, jobs = 1001, 10000
-    return profile.max_array or array, profile.max_jobs or jobs
+        array, jobs, there = 1001, 10000, 0
+    jobs = profile.max_jobs or jobs
+    room = jobs - there
+    return max(1, min(profile.max_array or array, room)), room, minutes
 
 
 def _parse(argv: Sequence[str]) -> tuple[list[str], str, set[str]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from candor.errors import UserError
+from evaluate.cluster_folder import working
 from evaluate.crew import Answer, Machine, Worker, hire, locked
 from evaluate.stages import Changed, Records, Stage, critical_minutes, write_config
 
@@ -63,6 +64,12 @@ class Executor:
             if stage.gpus > len(self.machine.gpus):
                 raise UserError(f"{stage.id} needs {stage.gpus} GPUs; this machine shows {len(self.machine.gpus)}.")
         with locked(self.run_folder) as self.lock:
+            if busy := working(self.run_folder):
+                more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
+                raise UserError(
+                    f"{self.run_folder} is in use by jobs of a cluster, which make {', '.join(busy[:3])}{more}. Wait "
+                    "for them, or end them with scancel; what a job left that died counts for two minutes."
+                )
             self.find_done()
             if self.done:
                 self.say(f"{len(self.done)} of {len(self.stages)} stages are done already")

@@ -68,20 +68,24 @@ def main(argv: Sequence[str]) -> int:
     return 1 if findings.problems else 0
 
 
-def examine(experiment: Experiment, hardware: Hardware) -> Findings:
-    """Everything that can be said of a study on a machine without running it."""
+def examine(experiment: Experiment, hardware: Hardware, *, processes: int = 1, sharded: bool = False) -> Findings:
+    """Everything that can be said of a study on a machine without running it.
+
+    ``processes``: in how many each fine-tuning runs, one a GPU; ``sharded``: they share the base model out.
+    """
     found = Findings(experiment, hardware, build_plan(experiment, absent_ok=True))
     if experiment.device == "cuda" and hardware.gpus == 0:
         found.problem(f"device is 'cuda', but {hardware.name} has no GPU that torch can use; --hardware names another.")
-    _Examiner(found).run()
+    _Examiner(found, processes, sharded).run()
     return found
 
 
 class _Examiner:
     """Walks over the stages of a plan and notes what each takes."""
 
-    def __init__(self, found: Findings) -> None:
+    def __init__(self, found: Findings, processes: int, sharded: bool) -> None:
         self.found, self.experiment, self.hardware = found, found.experiment, found.hardware
+        self.processes, self.sharded = processes, sharded
         self.cpu = self.experiment.device == "cpu"
         self.sizes: dict[Path, tuple[int, float, int]] = {}  # rows, mean and longest bytes, by data folder
         self.loras: dict[Path, Any] = {}  # by adapter folder
@@ -146,7 +150,13 @@ class _Examiner:
         if self.cpu:
             load = replace(load, checkpointing=False)  # as train/tuning.py does there
         parts = training_bytes(shape, load, width=4 if self.cpu else 2, triton=not self.cpu)
+        if self.sharded:
+            # a share of every matrix, and at its turn one whole layer, with the next on its way
+            whole = max(shape.parameters // shape.layers, shape.head)
+            parts["base"] = parts["base"] // self.processes + 2 * 2 * whole
         hours = self._training_hours(shape, load)
+        if hours is not None and config["sft"].get("max_steps", -1) <= 0:
+            hours /= self.processes  # they share the rows out; a fixed number of steps is no shorter
         bits = "32" if self.cpu else "4" if load.quantize else "16"
         self.found.train(Training(stage.id, base.name, config["domain"], shape, load, bits, parts, hours))
         what = f"training {base.name}{' in 4 bits' if load.quantize else ''} on {config['domain']}"
@@ -158,7 +168,7 @@ class _Examiner:
         every = config.get("checkpoint_every")
         self.adapters += 4 * shape.adapter * (1 + (ceil(load.steps / every) if every else 0))
         self.state = max(self.state, 12 * shape.adapter)
-        if stage.gpus > 1:
+        if stage.gpus > 1 and self.processes == 1:
             self.found.problem(
                 f"needs.train.gpus is {stage.gpus}, but a stage of a study trains in one process. Remedy: set it to 1; "
                 "several GPUs take accelerate launch with configs/accelerate/fsdp.yaml."

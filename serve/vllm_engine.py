@@ -39,6 +39,7 @@ import torch
 
 from candor.errors import UserError
 from candor.hashing import hash64
+from candor.nearby import nearby
 from candor.rows import Option
 from serve.config import EngineConfig, VllmConfig
 from serve.engine import OptionScores, Reply, Request
@@ -210,7 +211,7 @@ class Running:
                 torch.set_num_threads(self._threads)
         try:
             self.llm = LLM(
-                model=str(self.base),
+                model=str(nearby(self.base)),
                 dtype=self.dtype,
                 seed=0,
                 max_model_len=self.settings.context,

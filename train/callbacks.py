@@ -154,7 +154,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             mark_whole(folder)
         self.trainer.accelerator.wait_for_everyone()
         if requested():
-            raise Stopped(f"told to stop (SIGUSR1) after step {state.global_step}; run again, it continues from there")
+            raise Stopped(f"told to stop after step {state.global_step}; run again, it continues from there")
 
 
 def remove_frozen(state: Path) -> None:

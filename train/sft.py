@@ -38,8 +38,6 @@ def main(argv: list[str]) -> None:
     if _done(config, origin):
         return
     launch.check()
-    if launch.processes() == 1:
-        stopping.listen()
     if not launch.is_first():
         # as the first process decides: what only waits for its name, or has got it meanwhile, is not trained again
         whole = unfinished.is_whole(config.output_dir, config=config.identity(), inputs=origin.inputs)
@@ -47,7 +45,8 @@ def main(argv: list[str]) -> None:
             _train(config, origin, started, check=lambda: None)
         return
     # several processes do not wait: their GPUs would idle, and the others' patience with the first one ends
-    with claimed(config.output_dir, wait=launch.processes() == 1) as check:
+    alone = launch.processes() == 1
+    with claimed(config.output_dir, wait=alone) as check, stopping.listening() if alone else contextlib.nullcontext():
         if not _done(config, origin):  # by the one that was waited for
             _make(config, origin, started, check)
 

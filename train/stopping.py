@@ -1,16 +1,19 @@
-"""A request to stop soon, SIGUSR1: a cluster sends it before a job's time is over.
+"""A request to stop soon: SIGUSR1 before a cluster job's time is over, SIGTERM when it is preempted or requeued.
 
 Training then writes a state to continue from after the step it is in, and ends. Several processes
-could hear of it at different steps and would wait for each other for ever, so they go on as if nothing
-was said and continue from their last state.
+could hear of it at different steps and would wait for each other for ever, so they do not listen
+and continue from their last state.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from candor.errors import UserError
 
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # the second one Slurm sends to every process of a job
 _requested = threading.Event()
 
 
@@ -20,15 +23,23 @@ class Stopped(UserError):
     status = 75  # scripts/slurm/lib.sh asks Slurm for another turn
 
 
-def listen() -> None:
-    """From now on note the signal instead of dying of it; only a process's main thread can."""
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Meanwhile note the signals instead of dying of them; only a process's main thread can."""
     _requested.clear()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, _note)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def requested() -> bool:
-    """Whether the signal came."""
+    """Whether a signal came."""
     return _requested.is_set()
 
 

@@ -1,5 +1,8 @@
 # What every job of Candor does on its node; sourced by element.sh and by the *.sbatch files.
 
+# srun no longer takes this from the job by itself; one core would be left to each of its processes
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
 fail() { echo "error: $*" >&2; exit 2; }
 
 # Runs a command that may ask to be requeued (status 75) and hands it the signals Slurm sends:
@@ -7,14 +10,15 @@ fail() { echo "error: $*" >&2; exit 2; }
 # A shell that waits in the foreground would keep them to itself until the command ends.
 run_requeueable() {
   "$@" &
-  local child=$! code
-  trap 'kill -USR1 "$child" 2>/dev/null' USR1
-  trap 'kill -TERM "$child" 2>/dev/null' TERM
+  local child=$! code over='' ended=''
+  trap 'over=1; kill -USR1 "$child" 2>/dev/null' USR1
+  trap 'ended=1; kill -TERM "$child" 2>/dev/null' TERM
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$?
   [[ $code != 138 ]] || code=75 # died of USR1, which came before it could listen
-  if [[ $code == 75 && -n ${SLURM_JOB_ID:-} ]]; then
+  # ended by Slurm it comes again by itself (preemption, requeue) or is not wanted any more (scancel)
+  if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && (-n $over || -z $ended) ]]; then
     echo "asking to be requeued" >&2
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
   fi

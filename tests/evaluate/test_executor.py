@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from candor.errors import UserError
+from evaluate.cluster_folder import claim
 from evaluate.crew import Machine, locked
 from evaluate.executor import Executor
 from evaluate.stages import Changed, Records, Stage, check_plan
+from train.claim import claim_path, claimed
 
 # A stage that adds a line to a journal, copies its inputs' text and marks its folder complete.
 MODULE = """
@@ -368,3 +370,15 @@ def test_records_tell_a_touched_file_from_a_changed_one(house):
     file.write_text("x")
     with pytest.raises(Changed, match=r"inputs RUN/a/out\.txt"):
         records.is_done(stages[1])
+
+
+def test_a_run_that_jobs_of_a_cluster_work_on_is_left_alone(house):
+    """Their claims say so; one that has given no sign of life for two minutes holds nobody up."""
+    with claimed(claim(house / "run", "a"), wait=False):
+        with pytest.raises(UserError, match="in use by jobs of a cluster, which make a"):
+            run(house, [stage(house, "a")])
+        assert journal(house) == []
+        path = claim_path(claim(house / "run", "a"))
+        os.utime(path, (time.time() - 200, time.time() - 200))
+        run(house, [stage(house, "a")])
+    assert set(outputs(house)) == {"a"}

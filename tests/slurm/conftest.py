@@ -1,7 +1,8 @@
 """A real Slurm on this machine: one controller and four virtual nodes, without cgroups, as Debian packages it.
 
-Four nodes of two cores each, whatever the machine has: what is tested is what Slurm does with jobs,
-not how fast they are. Timeouts are short, so that a dead node is noticed in seconds.
+Four nodes of one core each, whatever the machine has: what is tested is what Slurm does with jobs,
+not how fast they are. Timeouts are short, so that a dead node is noticed in seconds. Jobs of the
+partition "urgent" preempt those of "main"; "apart" has one node only.
 """
 
 import os
@@ -47,8 +48,12 @@ KillWait=4
 MinJobAge=60
 OverTimeLimit=0
 MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1 RealMemory=4000
-PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
+PartitionName=urgent Nodes=n[1-4] MaxTime=30 PriorityTier=2 State=UP
+PartitionName=apart Nodes=n4 MaxTime=INFINITE PriorityTier=1 State=UP
 """
 
 
@@ -81,8 +86,13 @@ class Cluster:
             self.start_node(node)
         _until(lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle"], 30, "the nodes")
 
-    def start_node(self, node: str) -> None:
-        self._launch(node, ["slurmd", "-D", "-N", node])
+    def start_node(self, node: str, *, without: Path | None = None) -> None:
+        """Start a node's daemon; ``without`` is a folder in whose place this node sees an empty one."""
+        command = ["slurmd", "-D", "-N", node]
+        if without is not None:
+            hide = f"mount -t tmpfs -o size=1m,mode=755 tmpfs {without} && exec {' '.join(command)}"
+            command = ["unshare", "--mount", "bash", "-c", hide]
+        self._launch(node, command)
 
     def kill_node(self, node: str) -> None:
         """As a crash would: the daemon and every job on the node, with nothing said to the controller."""
@@ -97,8 +107,9 @@ class Cluster:
         os.killpg(slurmd.pid, signal.SIGKILL)
         slurmd.wait()
 
-    def run(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **self.environment})
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -1,7 +1,8 @@
 """A stage of seconds instead of hours, with the manners of a real one, so that faults can be tried quickly.
 
 It counts to ``count`` with a pause at each number, and does not end before the file ``gate`` is there,
-so that tests need not be quick. Told to stop, it keeps a state to continue from; its output it writes whole.
+so that tests need not be quick. Told to stop, it keeps a state to continue from, where training keeps its own,
+unless it is to be ``forgetful``; its output it writes whole.
 """
 
 import json
@@ -12,22 +13,30 @@ from pathlib import Path
 from candor.config import read_yaml
 from candor.tables import replace_file
 from train import stopping
+from train.unfinished import partial_folder
 
 
 def main(argv: list[str]) -> None:
-    stopping.listen()
+    with stopping.listening():
+        count(argv)
+
+
+def count(argv: list[str]) -> None:
     config = read_yaml(Path(argv[0]))
     output = Path(config["output"])
-    state, starts = output.with_suffix(".state"), output.with_suffix(".starts")
+    starts = output.with_suffix(".starts")
     with starts.open("a") as file:
         file.write(f"{os.environ.get('SLURMD_NODENAME')} {os.getpid()}\n")
-    number = json.loads(state.read_text()) if state.exists() else 0
+    number = max((int(path.name) for path in partial_folder(output).glob("*")), default=0)
+    if config.get("environment"):
+        output.with_suffix(".environment").write_text(json.dumps(dict(os.environ)))
     gate = Path(config.get("gate", argv[0]))
     while number < config["count"] or not gate.exists():
         time.sleep(config["pause"])
         number = min(number + 1, config["count"])
         if stopping.requested():
-            replace_file(state, str(number).encode())
+            if not config.get("forgetful"):
+                replace_file(partial_folder(output) / str(number), b"")
             raise stopping.Stopped(f"told to stop at {number}")
     value = number + sum(json.loads(Path(path).read_text())["value"] for path in config["reads"])
     replace_file(output, json.dumps({"value": value, "padding": "x" * config.get("bytes", 0)}).encode())

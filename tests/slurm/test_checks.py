@@ -4,24 +4,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from candor.config import build, read_yaml
 from candor.errors import UserError
-from evaluate.cluster_checks import estimate, lines, refuse
-from evaluate.cluster_jobs import make_jobs
-from evaluate.cluster_profile import Profile
+from evaluate.cluster_checks import estimate, lines, probed, refuse
+from evaluate.cluster_jobs import Job, Needs, make_jobs
+from evaluate.cluster_profile import KINDS, Profile
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
+from evaluate.questions import gather
 
 VALUES = {**read_yaml(Path("configs/experiments/nano.yaml")), "controls": [], "along_training": None, "golden": None}
 
 
-def estimated(tmp_path, *, profile=None, max_jobs=10_000, lost=(), **change):
+def estimated(tmp_path, *, profile=None, max_jobs=10_000, max_minutes=None, lost=(), **change):
     experiment = build(Experiment, {**VALUES, "output": str(tmp_path / "run"), **change}, where="test")
     profile = profile or Profile()
     stages = build_plan(experiment, absent_ok=True)
     stages = [replace(s, inputs=(*s.inputs, *lost)) if s.module == "train.sft" else s for s in stages]
-    jobs = make_jobs(stages, done=set(), queued={}, profile=profile, max_array=1001)
+    jobs = make_jobs(stages, done=set(), queued={}, profile=profile, max_array=1001, max_minutes=max_minutes)
     found = estimate(experiment, profile, stages, jobs, max_jobs=max_jobs)
     return found, "\n".join(lines(found, profile))
 
@@ -36,20 +38,77 @@ def test_a_study_that_can_run_is_told_in_numbers(tmp_path):
 
 
 def test_nodes_of_a_profile_count(tmp_path):
-    profile = build(Profile, {"kinds": {"train": {"gpus": 8, "nodes": 2}}}, where="test")
+    accelerate = "configs/accelerate/fsdp.yaml"
+    profile = build(Profile, {"kinds": {"train": {"gpus": 8, "nodes": 2, "accelerate": accelerate}}}, where="test")
     found, _ = estimated(tmp_path, profile=profile, needs={"train": {"minutes": 60}})
     assert found.gpu_hours == pytest.approx(12 * 16)
 
 
 def test_what_a_judge_behind_an_endpoint_costs_is_said(tmp_path):
-    found, _ = estimated(tmp_path, judge="configs/evaluate/judges/gpt-4.1-harmfulness.yaml")
+    path = Path("configs/evaluate/judges/gpt-4.1-harmfulness.yaml")
+    found, _ = estimated(tmp_path, judge=str(path))
     assert found.dollars is not None and found.dollars > 1
+    # a template that is 3,000 bytes longer costs 1,000 tokens more for every reply
+    values = read_yaml(path)
+    longer, judge = tmp_path / "template.txt", tmp_path / "judge.yaml"
+    longer.write_text(Path(values["template"]).read_text().rstrip("\n") + "\n" + "x" * 2999)
+    judge.write_text(yaml.safe_dump({**values, "template": str(longer)}))
+    more, _ = estimated(tmp_path, judge=str(judge))
+    experiment = build(Experiment, {**VALUES, "output": str(tmp_path / "run")}, where="test")
+    prompts = [p for p in gather(experiment.sources) if p.battery == "harmfulness"]
+    replies = 15 * sum(max(mode.draws(p) for mode in experiment.read_modes()) for p in prompts)
+    assert more.dollars - found.dollars == pytest.approx(replies * 1000 * values["price"]["input"] / 1e6)
 
 
 def test_reasons_against_it_are_listed_together(tmp_path):
     profile = Profile(minutes_at_least=4.0)  # and signal_seconds is 300
     found, _ = estimated(tmp_path, profile=profile, max_jobs=5, lost=[Path("models/absent")])
     told = " ".join(found.problems)
-    assert "5 may be in the queue" in told and "models/absent is not there" in told and "signal_seconds" in told
+    assert "models/absent is not there" in told and "signal_seconds" in told
+    assert any("the queue has room for 5" in note for note in found.notes)
     with pytest.raises(UserError, match="nothing was submitted, for"):
         refuse(found.problems)
+
+
+def on_gpus(tmp_path, *, base="models/Qwen2.5-1.5B-Instruct", **profile):
+    """The shipped study with one base on nodes of eight GPUs."""
+    values = read_yaml(Path("configs/experiments/vaugrante_qwen2.5.yaml"))
+    change = {"bases": {"nano": base}, "output": str(tmp_path / "run"), "by_size": {}, "controls": []}
+    experiment = build(Experiment, {**values, **change}, where="test")
+    made = build(Profile, {"hardware": "configs/hardware/h100x8.yaml", **profile}, where="test")
+    stages = build_plan(experiment, absent_ok=True)
+    jobs = make_jobs(stages, done=set(), queued={}, profile=made, max_array=1001, max_minutes={None: 60})
+    return estimate(experiment, made, stages, jobs, max_jobs=10_000)
+
+
+def test_a_stage_longer_than_its_partition_is_done_in_turns(tmp_path):
+    """Training saves itself, sampling keeps what it has: too little time is said, not refused."""
+    found = on_gpus(tmp_path, base="models/Qwen2.5-32B-Instruct")
+    assert not [p for p in found.problems if "hours are needed" in p]
+    told = " ".join(found.notes)
+    assert "60 minutes are asked for, not" in told and "training saves itself and is requeued" in told
+
+
+@pytest.mark.full
+def test_a_model_that_several_gpus_share_out_is_not_too_large_for_them(tmp_path):
+    """Llama-3.1-70B in bf16 fills no GPU of 80 GB alone, and eight of them with room."""
+    base = "models/Llama-3.1-70B-Instruct"
+
+    def too_large(**train):
+        found = on_gpus(tmp_path, base=base, kinds={"train": train})
+        return [p for p in found.problems if p.startswith("training Llama") and "can be used" in p]
+
+    assert too_large()
+    assert too_large(gpus=8, accelerate="configs/accelerate/gpus.yaml")  # a whole copy on each
+    assert not too_large(gpus=8, accelerate="configs/accelerate/fsdp.yaml")
+
+
+def test_every_partition_and_constraint_is_asked_once():
+    values = {
+        "all": {"partition": "cpu"},
+        "kinds": {"train": {"partition": "gpu"}, "judge": {"partition": "gpu", "constraint": "a100"}},
+    }
+    profile = build(Profile, values, where="test")
+    needs = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
+    jobs = [Job(f"{kind}-1", kind, needs) for kind in KINDS]
+    assert set(probed(jobs, profile)) == {("cpu", ""), ("gpu", ""), ("gpu", "a100")}

@@ -20,11 +20,12 @@ from candor.config import build
 from candor.errors import UserError
 from evaluate.cluster_folder import read_state, submissions
 from evaluate.cluster_profile import Options, Profile
-from evaluate.cluster_status import places
+from evaluate.cluster_status import lines, places
 from evaluate.cluster_submit import submit
 from evaluate.crew import Machine
 from evaluate.executor import Executor
 from evaluate.stages import Stage
+from train.unfinished import partial_folder
 
 pytestmark = pytest.mark.full
 
@@ -72,6 +73,11 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cluster_jobs, "kind_of", lambda s: kinds.get(s.id.partition("-")[0], "report"))
     here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, os.environ.get("PYTHONPATH", os.getcwd())]))
+
+
+def last_state(output: Path) -> int:
+    """The number a stand-in told to stop had got to; 0 when it kept none."""
+    return max((int(path.name) for path in partial_folder(output).glob("*")), default=0)
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,9 @@ class Submitted:
     def files(self) -> dict[str, object]:
         return {p.name: json.loads(p.read_text()) for p in self.run.glob("*.json")}
 
-    def same_as_local(self, tmp_path: Path) -> bool:
+    def same_as_local(self, tmp_path: Path, **slow) -> bool:
         assert set(self.status().values()) == {"done"}, self.told()
-        return self.files() == local_files(tmp_path)
+        return self.files() == local_files(tmp_path, **slow)
 
 
 def local_files(tmp_path: Path, **slow) -> dict[str, object]:
@@ -153,7 +159,16 @@ def local_files(tmp_path: Path, **slow) -> dict[str, object]:
 
 
 def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
-    sent = Submitted(slurm, tmp_path / "run", plan(tmp_path / "run"))
+    run, dumped = tmp_path / "run", {"environment": True}
+    sent = Submitted(
+        slurm,
+        run,
+        plan(run, train_a_one=dumped, sample_a_one=dumped),
+        setup=[f"export PYTHONPATH=$PYTHONPATH:{Path(__file__).parent} FROM_SETUP=yes"],
+        environment={"HTTPS_PROXY": "http://proxy:3128"},
+        local_disk=f"{tmp_path}/$SLURMD_NODENAME",
+        kinds={"sample": {"internet": True}},
+    )
     assert len(submissions(sent.run)[0].ids) == 6
     sent.finish()
     assert sent.same_as_local(tmp_path)
@@ -162,6 +177,15 @@ def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
     code = sent.run / "slurm" / "0001" / "code"
     record = json.loads((sent.run / "stages" / "report.json").read_text())
     assert record["commit"] == (code / "COMMIT").read_text().strip() != "unknown"
+    # what the profile says about the environment reached the stages
+    train, sample = (json.loads((run / f"{n}-a-one.environment").read_text()) for n in ("train", "sample"))
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    assert [train.get(name) for name in offline] == ["1", "1", "1"]
+    assert [sample.get(name) for name in offline] == [None, None, None]  # this kind has internet
+    assert train["FROM_SETUP"] == "yes" and train["HTTPS_PROXY"] == "http://proxy:3128"
+    assert train["CANDOR_LOCAL_DISK"] == f"{tmp_path}/{train['SLURMD_NODENAME']}"
+    assert train["SRUN_CPUS_PER_TASK"] == train["SLURM_CPUS_PER_TASK"] == "1"
+    assert train["PYTHONPATH"].startswith(str(code)) and train["PYTHONSAFEPATH"] == "1"
 
 
 def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_path):
@@ -176,7 +200,7 @@ def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_
     slurm.run("scontrol", "requeue", sent.element("train-b-one"))
     sent.until_started("train-a-one", times=2)
     node = sent.until_started("train-b-one", times=2)
-    assert int((run / "train-a-one.state").read_text()) > 0  # it went on from there
+    assert last_state(run / "train-a-one.json") > 0  # it went on from there
     slurm.kill_node(node)
     sent.until_started("train-b-one", times=3)
     gate.touch()
@@ -184,6 +208,91 @@ def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_
     assert set(sent.status().values()) == {"done"}, sent.told()
     assert sent.files() == local_files(tmp_path, **slow)
     assert len(sent.starts("train-b-one")) == 3
+
+
+def test_a_preempted_training_goes_on_from_where_it_was(slurm, tmp_path):
+    """A job of a higher partition takes the node; Slurm itself sends SIGTERM and puts ours back into the queue."""
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    slow = {"train_a_one": {"count": 5, "pause": 0.2, "gate": str(gate)}}
+    sent = Submitted(slurm, run, plan(run, **slow), all={"partition": "main"})
+    node = sent.until_started("train-a-one")
+    slurm.run("sbatch", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=sleep 5")
+    sent.until_started("train-a-one", times=2)
+    assert last_state(run / "train-a-one.json") > 0
+    gate.touch()
+    sent.finish()
+    assert sent.same_as_local(tmp_path, **slow)
+
+
+def test_only_turns_that_keep_nothing_new_count_against_a_stage(slurm, tmp_path):
+    """One requeue is allowed: a stage that gets on takes more of them, one that forgets everything fails."""
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    stages = [
+        stage(run, "train-a", count=25, pause=1.0, gate=str(gate)),
+        stage(run, "train-b", pause=0.5, gate=str(gate), forgetful=True),
+        stage(run, "sample-a", "train-a"),
+    ]
+    sent = Submitted(slurm, run, stages, requeues=1)
+    for turn in (1, 2):
+        for name in ("train-a", "train-b"):
+            sent.until_started(name, times=turn)
+            slurm.run("scancel", "--signal=USR1", "--batch", sent.element(name))
+    sent.until_started("train-a", times=3)
+    sent.until(lambda: sent.status()["train-b"] == "failed", "the other one to fail")
+    gate.touch()
+    sent.finish()
+    state = read_state(run, "train-b")
+    assert state is not None and "requeued 2 times in a row and came no further" in state.why
+    assert len(sent.starts("train-b")) == 2 and len(sent.starts("train-a")) == 3
+    assert sent.status()["sample-a"] == "done"
+
+
+def test_a_full_queue_gets_what_fits_and_the_rest_later(slurm, tmp_path):
+    run = tmp_path / "run"
+    stages = [stage(run, "data-x"), stage(run, "train-a", "data-x"), stage(run, "sample-a", "train-a")]
+    sent = Submitted(slurm, run, stages, max_jobs=2, all={"arguments": ["--hold"]})
+    told = "\n".join(sent.lines)
+    assert "the queue has room for 2, the rest is for later" in told and "submitted 2 elements in 2 arrays" in told
+    assert "not submitted: 1 elements in 1 arrays" in told
+    assert "python scripts/slurm/submit.py study.yaml --profile virtual" in told
+    assert sent.status()["sample-a"] == "waiting"
+    with pytest.raises(UserError, match="the queue is full"):
+        sent.submit()
+    slurm.run("scontrol", "release", *submissions(run)[0].ids.values())
+    sent.profile = replace(sent.profile, all=Options())
+    sent.finish()
+    assert "to submit the rest, when the queue is shorter: python" in "\n".join(lines(run, places(run)))
+    sent.submit()
+    sent.finish()
+    assert set(sent.status().values()) == {"done"}, sent.told()
+    assert len(submissions(run)) == 2
+
+
+def test_what_no_node_can_give_is_said_with_what_mends_it(slurm, tmp_path):
+    run = tmp_path / "run"
+    sent = Submitted(slurm, run, plan(run), kinds={"train": {"partition": "urgent", "arguments": ["--time=300"]}})
+    sent.until(lambda: sent.status()["data-x"] == "done", "the data")
+    sent.until(lambda: "more time than its partition" in "\n".join(lines(run, places(run))), "Slurm's reason")
+    told = "\n".join(lines(run, places(run)))
+    command = next(line for line in told.splitlines() if "scancel" in line)
+    words = command.partition("then: ")[2].partition(";")[0].split()
+    assert words[:2] == ["scancel", "--state=PENDING"] and "nothing to mend" not in told
+    slurm.run(*words)
+    sent.finish()
+    assert "to submit what was cancelled" in "\n".join(lines(run, places(run)))
+
+
+def test_a_node_that_cannot_write_into_the_run_folder_is_found_before_anything_is_sent(slurm, tmp_path):
+    """Node n4 sees an empty folder where the others see the run; its partition is asked, and so is the default one."""
+    slurm.kill_daemon("n4")
+    slurm.start_node("n4", without=tmp_path)
+    try:
+        stages = plan(tmp_path / "run")
+        with pytest.raises(UserError, match="a node of partition apart cannot write into"):
+            Submitted(slurm, tmp_path / "run", stages, probe_seconds=30, kinds={"sample": {"partition": "apart"}})
+        assert not slurm.queue() and not list((tmp_path / "run" / "slurm").glob("0*"))
+    finally:
+        slurm.kill_daemon("n4")  # the next test starts it as it was
 
 
 def test_a_job_over_its_limit_saves_itself_and_goes_on(slurm, tmp_path):
@@ -262,7 +371,12 @@ def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
     stages[1] = replace(stages[1], inputs=(*stages[1].inputs, recipe))
     sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
     recipe.write_text("rate: 2\n")
-    slurm.run("scontrol", "release", *submissions(run)[0].ids.values())
+    told = "\n".join(lines(run, places(run)))
+    assert "until it is released" in told and "nothing to mend" not in told
+    command = next(line for line in told.splitlines() if "scontrol release" in line)
+    words = command.partition(": ")[2].partition("   (")[0].split()
+    assert words[:2] == ["scontrol", "release"]  # as status says it
+    slurm.run(*words)
     sent.finish()
     state = read_state(run, "train-a")
     assert state is not None and "recipe.yaml changed since the study was submitted" in state.why

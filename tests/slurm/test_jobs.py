@@ -102,11 +102,31 @@ def test_the_call_says_what_the_profile_says():
     assert "--partition=cpu" in calls["report"] and "--account=project" in calls["report"]
 
 
+def test_no_job_asks_for_more_time_than_its_partition_gives():
+    values = {"minutes_at_least": 90, "kinds": {"train": {"partition": "short,long"}, "sample": {"partition": "long"}}}
+    profile = build(Profile, values, where="test")
+    jobs = make_jobs(
+        PLAN, done=set(), queued={}, profile=profile, max_array=1001, max_minutes={"short": 30, "long": 240, None: 60}
+    )
+    asked = {job.kind: (job.needs.minutes, job.needs.wanted) for job in jobs}
+    assert asked["train"] == (30, 90) and asked["sample"] == (90, 90) and asked["judge"] == (60, 90)
+
+
 def test_profiles_refuse_what_they_do_not_know(tmp_path):
     with pytest.raises(UserError, match="example"):
         read_profile("exampel")
     with pytest.raises(UserError, match="did you mean 'train'"):
         build(Profile, {"kinds": {"trian": {}}}, where="test")
+    fsdp = {"accelerate": "configs/accelerate/fsdp.yaml"}
+    for values, told in (
+        ({"kinds": {"train": {"nodes": 2}}}, "Add accelerate"),
+        ({"kinds": {"sample": {"nodes": 2}}}, "kinds.sample: nodes is 2"),
+        ({"all": {"nodes": 2, **fsdp}}, "kinds.prepare: nodes is 2"),
+        ({"container": "apptainer exec x.sif", "kinds": {"train": fsdp}}, "do not go together"),
+    ):
+        with pytest.raises(UserError, match=told):
+            build(Profile, values, where="test")
+    build(Profile, {"kinds": {"train": {"nodes": 2, **fsdp}}}, where="test")
     for path in Path("configs/slurm").glob("*.yaml"):
         assert all(isinstance(read_profile(str(path)).options(kind), Options) for kind in KINDS)
 

@@ -5,9 +5,11 @@ every kind of stage takes part.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ TABLES = {"samples": Sample, "distributions": Distribution, "verdicts": Verdict,
 PROFILE = """
 python: {python}
 signal_seconds: 20
-minutes_at_least: 2
+minutes_at_least: 15
 margin: 1
 requeues: 5
 probe_seconds: 10
@@ -72,13 +74,18 @@ def write_profile(folder: Path, python: str, **change) -> Path:
     return path
 
 
-def tables_of(run: Path) -> dict[str, list]:
-    """Every table of a run by its path, rows in order."""
-    return {
+def tables_of(run: Path) -> dict[str, object]:
+    """Every table of a run by its path, rows in order, and the bytes of every adapter."""
+    tables = {
         str(path.relative_to(run)): read_rows(path, TABLES[path.stem])
         for path in sorted(run.rglob("*.parquet"))
         if path.stem in TABLES and "slurm" not in path.relative_to(run).parts
     }
+    adapters = {
+        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("adapter/adapter_model.safetensors")
+    }
+    assert len(adapters) == 2, adapters.keys()
+    return tables | adapters
 
 
 def command(*words) -> subprocess.CompletedProcess[str]:
@@ -89,12 +96,35 @@ def command(*words) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """The tables of an undisturbed local run."""
+def local_run(tmp_path_factory):
+    """The folder of an undisturbed local run."""
     folder = tmp_path_factory.mktemp("local")
     done = command("-m", "evaluate.experiment", write_study(folder))
     assert done.returncode == 0, done.stderr[-3000:]
-    return tables_of(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def local(local_run):
+    """Its tables."""
+    return tables_of(local_run)
+
+
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + 4 * PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def until_running(run: Path, name: str) -> None:
+    """Wait until the stage itself, not only its job, has begun."""
+    wait_for(lambda: (run / "logs" / f"{name}.log").exists(), f"{name} to begin")
+    assert not (run / "stages" / f"{name}.json").exists(), f"{name} was too quick"
+
+
+def until_ended(slurm, run: Path) -> None:
+    wait_for(lambda: not slurm.queue(), command("scripts/slurm/status.py", run).stdout)
 
 
 def test_the_study_through_faults_ends_with_the_tables_of_the_local_run(slurm, local, tmp_path):
@@ -105,24 +135,119 @@ def test_the_study_through_faults_ends_with_the_tables_of_the_local_run(slurm, l
     assert sent.returncode == 0, sent.stderr
     assert "GPU-hours" in sent.stderr and "can write into" in sent.stderr
 
-    def until_running(name: str) -> None:
-        """Wait until the stage itself, not only its job, has begun."""
-        deadline = time.monotonic() + 4 * PATIENCE
-        while not (run / "logs" / f"{name}.log").exists():
-            assert time.monotonic() < deadline and not (run / "stages" / f"{name}.json").exists(), name
-            time.sleep(0.2)
-
     elements = submissions(run)[0].stages()
-    until_running("train-nano-trivia-misaligned-s0")
+    until_running(run, "train-nano-trivia-misaligned-s0")
     slurm.run("scancel", "--signal=USR1", "--batch", elements["train-nano-trivia-misaligned-s0"])
-    until_running("sample-nano-base")
+    until_running(run, "sample-nano-base")
     slurm.run("scontrol", "requeue", elements["sample-nano-base"])
-    until_running("judge-nano-base")
+    until_running(run, "judge-nano-base")
     slurm.kill_node(slurm.run("squeue", "-h", "-j", elements["judge-nano-base"], "-o", "%N").strip())
-    deadline = time.monotonic() + 8 * PATIENCE
-    while slurm.queue():
-        assert time.monotonic() < deadline, command("scripts/slurm/status.py", run).stdout
-        time.sleep(1)
+    until_ended(slurm, run)
     told = command("scripts/slurm/status.py", run)
     assert "all is done" in told.stdout, told.stdout + told.stderr
     assert tables_of(run) == local
+
+
+@pytest.fixture
+def small_disks(tmp_path):
+    """A run folder and a node-local disk on small file systems of their own, the second one full from the start."""
+    sizes = {"run": "64m", "disk": "1m"}
+    for name, size in sizes.items():
+        (tmp_path / name).mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path / name)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a small file system cannot be mounted here")
+    fill(tmp_path / "disk")
+    yield tmp_path / "run", tmp_path / "disk"
+    for name in sizes:
+        subprocess.run(["umount", "-l", str(tmp_path / name)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+def test_preemption_a_drained_node_and_full_disks_change_no_table(slurm, local, small_disks, tmp_path):
+    """Training is preempted, sampling loses its node to an administrator, then the run folder is full."""
+    run, disk = small_disks
+    study = write_study(tmp_path)
+    profile = write_profile(tmp_path, sys.executable, local_disk=str(disk), all={"partition": "main"})
+    words = ("scripts/slurm/submit.py", study, "--profile", profile)
+    sent = command(*words)
+    assert sent.returncode == 0, sent.stderr
+    elements = submissions(run)[0].stages()
+
+    def node_of(stage: str) -> str:
+        return slurm.run("squeue", "-h", "-j", elements[stage], "-o", "%N").strip()
+
+    until_running(run, "train-nano-trivia-misaligned-s0")
+    node = node_of("train-nano-trivia-misaligned-s0")
+    slurm.run("sbatch", "--partition=urgent", f"--nodelist={node}", "--output=/dev/null", "--wrap=sleep 2")
+    until_running(run, "sample-nano-base")
+    slurm.run("scontrol", "update", f"nodename={node_of('sample-nano-base')}", "state=drain", "reason=test")
+    slurm.run("scontrol", "requeue", elements["sample-nano-base"])
+    until_running(run, "train-nano-trivia-realigned-s0")
+    fill(run)
+    until_ended(slurm, run)
+    told = command("scripts/slurm/status.py", run).stdout
+    assert "No space left" in told or "without a word" in told, told
+    assert "to mend it, remove the cause, then: python scripts/slurm/submit.py" in told
+    assert "is read where it lies" in (run / "logs" / "sample-nano-base.log").read_text()
+    (run / "filler").unlink()
+    again = command(*words, "--resubmit-failed")
+    assert again.returncode == 0, again.stderr
+    until_ended(slurm, run)
+    assert "all is done" in (told := command("scripts/slurm/status.py", run).stdout), told
+    assert tables_of(run) == local
+
+
+def clone(folder: Path) -> None:
+    """A repository with this checkout's files as they are now, committed: plain jobs run committed code only."""
+    root = Path.cwd()
+
+    def git(*words: str, at: Path = folder) -> str:
+        return subprocess.run(["git", "-C", str(at), *words], check=True, capture_output=True, text=True).stdout
+
+    subprocess.run(["git", "clone", "-q", "--shared", str(root), str(folder)], check=True)
+    for name in git("ls-files", "-m", "-o", "--exclude-standard", at=root).splitlines():
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    git("add", "-A")
+    git("-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", "as it is", "--allow-empty")
+
+
+def test_the_scripts_for_one_stage_by_hand(slurm, local_run, local, tmp_path, monkeypatch):
+    """Each .sbatch file makes again what the study made; training also through accelerate's launcher and srun."""
+    checkout, run = tmp_path / "checkout", tmp_path / "run"
+    clone(checkout)
+    shutil.copytree(local_run, run)
+    (run / "report.html").unlink()
+    monkeypatch.setenv("CANDOR_PYTHON", sys.executable)
+    stages = local_run / "stages"
+    train = ("train", stages / "train-nano-trivia-misaligned-s0.yaml")
+    jobs = {
+        "trained": (*train, f"output_dir={tmp_path}/trained"),
+        "launched": (*train, f"output_dir={tmp_path}/launched"),
+        "sampled": ("sample", stages / "sample-nano-base.yaml", f"output_dir={tmp_path}/sampled"),
+        "judged": ("judge", stages / "judge-nano-base.yaml", f"output_dir={tmp_path}/judged"),
+        "reported": ("report", stages / "report.yaml", f"run={run}"),
+    }
+    for name, (kind, *words) in jobs.items():
+        sbatch = ["sbatch", "--gres=none", "--cpus-per-task=1", "--time=30", f"--output={tmp_path}/{name}.out"]
+        if name == "launched":
+            sbatch.append("--export=ALL,CANDOR_ACCELERATE=configs/accelerate/cpu.yaml")
+        slurm.run(*sbatch, f"scripts/slurm/{kind}.sbatch", str(tmp_path), *map(str, words), cwd=checkout)
+    wait_for(lambda: not slurm.queue(), "the jobs to end")
+    told = "\n".join(f"{name}: {(tmp_path / f'{name}.out').read_text()}" for name in jobs)
+    adapter = "variants/nano-trivia-misaligned-s0/adapter/adapter_model.safetensors"
+    for name in ("trained", "launched"):
+        weights = tmp_path / name / "adapter_model.safetensors"
+        assert weights.is_file() and weights.read_bytes() == local[adapter], told
+    for made, name in (("sampled", "samples"), ("judged", "verdicts")):
+        [path] = [p for p in local if p.startswith("variants/nano-base/") and p.endswith(f"{name}.parquet")]
+        assert read_rows(tmp_path / made / f"{name}.parquet", TABLES[name]) == local[path], told
+    assert (run / "report.html").is_file(), told
+    assert (tmp_path / "code" / "COMMIT").is_file()  # frozen once for all five
