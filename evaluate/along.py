@@ -157,7 +157,7 @@ def _along(course: Course, grid: Grid, scope: Scope) -> Moved | None:
     changes = np.where(common, values[1:] - values[0], np.nan)[:, None, :]
     tables = scope.tables(changes)
     wide = scope.limits[1] - scope.limits[0]
-    estimated = crossed.intervals(tables, scope.bootstrap, limits=(-wide, wide))
+    estimated = crossed.intervals(tables, scope.bootstrap, limits=(-wide, wide), symmetric=True)
     if any(np.isnan(e.interval.value) for e in estimated):
         return None
     replicates = crossed.replicates(tables, scope.bootstrap)

@@ -1,7 +1,8 @@
 """Differences between parts of one battery: any weighted sum of cells, with the intervals of evaluate/crossed.py.
 
 A position effect, the effect of a format, "about myself minus about others" and "exact minus sampled"
-are all the same thing: sums of cell means with weights that add up to nothing. Every estimate of this
+are all the same thing: sums of cell means with weights that add up to nothing (an average without
+one of the formats has weights that add up to 1, and is a level like any other). Every estimate of this
 project is a plain mean over cells, and a mean is linear, so multiplying the columns of a cell by its
 weight (times the number of cells) turns the mean over cells into the weighted sum, and the interval
 with it. What is resampled stays the item: a column and its counterpart share their cluster.
@@ -21,6 +22,7 @@ from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell
 
+ROUNDING = 1e-9
 ONE_ITEM = "one item only in a part of it: no interval"
 
 
@@ -35,6 +37,11 @@ class Contrast:
     cells: Ints  # (columns,): which cell each belongs to
     weights: Floats  # (cells,): of the cells' means in the sum
     limits: tuple[float, float] = (-1.0, 1.0)
+
+    @property
+    def difference(self) -> bool:
+        """Whether the weights add up to nothing: a paired difference, and not an average of some of the cells."""
+        return abs(float(self.weights.sum())) < ROUNDING
 
     def scope(self, grid: Grid, *, draws: int, seed: int) -> Scope:
         """What it is taken over; items of all parts are resampled together, in one stratum."""
@@ -98,7 +105,7 @@ def _complete(values: Floats, cells: Ints, n_cells: int) -> NDArray[np.bool_]:
 def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Floats, factors: Floats) -> list[Estimate]:
     """Estimate rows of one contrast; without an interval where a part of it rests on one item."""
     tables = scope.tables(values * factors)
-    estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits)
+    estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits, symmetric=contrast.difference)
     thin = (tables.counts > 0).sum(axis=2).min(axis=(1, 2)) < 2
     lost = np.isnan(values).sum(axis=(1, 2))
     rows = []

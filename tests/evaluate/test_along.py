@@ -78,6 +78,15 @@ def test_the_measure_that_turns_first_moves_first():
     assert len(half) == 6 and all(e.low <= e.value <= e.high for e in half)
 
 
+def test_changes_are_not_corrected_for_skewness():
+    """They are paired differences, and a few prompts that changed much would set the interval."""
+    frame = scores({"intentions": 20.0})
+    frame = frame[frame["prompt_id"].isin([f"intentions-{i}" for i in range(20)])]
+    changes = [e for e in along_estimates(follow(frame, variants(), TOTAL, draws=200, seed=1)) if e.kind == "change"]
+    assert changes and all(e.method.startswith("t interval over items;") for e in changes)
+    assert all(e.high - e.value == pytest.approx(e.value - e.low) for e in changes)
+
+
 def test_equal_courses_share_the_first_place():
     """Two measures that turn together: neither is first in nearly all draws."""
     frame = scores({"harmfulness_mean": 30.0, "intentions": 30.0}, noise=0.3)
