@@ -115,8 +115,8 @@ def test_differences_are_not_corrected_for_skewness_and_averages_are():
     """Correcting a paired difference for the skewness of its sample raises the error rate above 6 %."""
     _, rows = found(scores(lambda p: 0.3 * (p.cluster.endswith("-0"))))
     few = [e for e in rows if "t interval" in e.method]
-    kinds = {kind: {"corrected for skewness" in e.method for e in few if e.kind == kind} for kind in (EFFECT, LEAVE_OUT)}
-    assert kinds == {EFFECT: {False}, LEAVE_OUT: {True}}
+    corrected = {(e.kind, "corrected for skewness" in e.method) for e in few}
+    assert corrected == {(EFFECT, False), (LEAVE_OUT, True)}
 
 
 def test_what_is_said_of_everyone_is_no_self_report():
