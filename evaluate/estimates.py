@@ -19,11 +19,12 @@ from evaluate.associations import MAIN as MAIN
 from evaluate.associations import WITHOUT_BASE as WITHOUT_BASE
 from evaluate.associations import correlations
 from evaluate.clustering import Clustering, clustering
-from evaluate.grid import CURVE, Grid, Scope
 from evaluate.grid import LEFTOVER as LEFTOVER
+from evaluate.grid import Grid, Scope
 from evaluate.grid import build_grid as build_grid
 from evaluate.grid import scopes as scopes
 from evaluate.hypotheses import contrast_tests, correct, fully_realigned
+from evaluate.measures import CURVE
 from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell, Pair, cells, domain_pairs, pairs

@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 
 from evaluate import components, crossed, stats
-from evaluate.measures import bounds, by_group, composites, scores_leftover
+from evaluate.measures import CURVE, bounds, by_group, composites, scores_leftover
 from evaluate.stats import Floats, Ints
 
 LEFTOVER = "_leftover"
-CURVE = "harmfulness_worst_of_"  # one measure per k
 COUNTS = ("n", "n_missing", "n_refused", "n_unparsed")
 NUMBERS = ("value", "leftover", "lowest", "highest", "variance")
 
