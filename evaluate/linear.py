@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from candor.rows import Estimate
-from evaluate import crossed
-from evaluate.grid import Grid, Scope
+from evaluate import components, crossed
+from evaluate.grid import LOST, Grid, Scope
 from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell
@@ -76,13 +76,13 @@ def estimate(
     for contrast in contrasts:
         scope = contrast.scope(grid, draws=draws, seed=seed)
         factors = (contrast.weights * len(contrast.weights))[contrast.cells]
+        part = grid.part(contrast.columns)
         for cells in _same_seeds(grid, wanted):
             rows = np.array([[grid.rows[m] for m in cell.members] for cell in cells])
-            values = grid.numbers["value"][:, contrast.columns][rows]
-            there = _complete(values, contrast.cells, len(contrast.weights))
+            there = _complete(part.numbers["value"][rows], contrast.cells, len(contrast.weights))
             if there.any():
                 kept = [cell for cell, has in zip(cells, there, strict=True) if has]
-                found += _rows(contrast, scope, kept, values[there], factors)
+                found += _rows(contrast, scope, kept, part, rows[there], factors)
     crossed.item_weights.cache_clear()
     return found
 
@@ -102,8 +102,20 @@ def _complete(values: Floats, cells: Ints, n_cells: int) -> NDArray[np.bool_]:
     return np.asarray(filled.all(axis=(1, 2)))
 
 
-def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Floats, factors: Floats) -> list[Estimate]:
-    """Estimate rows of one contrast; without an interval where a part of it rests on one item."""
+def _rows(
+    contrast: Contrast, scope: Scope, cells: Sequence[Cell], part: Grid, members: Ints, factors: Floats
+) -> list[Estimate]:
+    """Estimate rows of one contrast; without an interval where a part of it rests on one item.
+
+    ``members`` (estimates, seeds) are rows of ``part``, the grid's columns of the contrast. The lowest
+    that it can be takes the lowest of what is added and the highest of what is subtracted.
+    """
+    values, lowest, highest = (part.numbers[name][members] for name in ("value", "lowest", "highest"))
+    added = factors > 0
+    bounds = [
+        components.bound(scope.tables(np.where(added, first, second) * factors), float("nan"))
+        for first, second in ((lowest, highest), (highest, lowest))
+    ]
     tables = scope.tables(values * factors)
     estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits, symmetric=contrast.difference)
     thin = (tables.counts > 0).sum(axis=2).min(axis=(1, 2)) < 2
@@ -115,7 +127,8 @@ def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Float
             one = one._replace(
                 interval=one.interval._replace(low=nan, high=nan), method=ONE_ITEM, standard_error=nan, freedom=nan
             )
-        counts = {"n": int(values[i].size - lost[i]), "n_missing": int(lost[i])}
+        counts = {name: int(part.counts[name][members[i]].sum()) for name in LOST}
+        counts |= {"n": int(values[i].size - lost[i]), "n_missing": int(lost[i])}
         rows.append(
             make_estimate(
                 contrast.measure,
@@ -124,6 +137,7 @@ def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Float
                 one,
                 counts=counts,
                 limits=contrast.limits,
+                bounds=(float(bounds[0][i]), float(bounds[1][i])),
             )
         )
     return rows

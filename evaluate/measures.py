@@ -37,7 +37,7 @@ def composites(measures: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """
     there = set(measures)
     found = {}
-    for suffix in ("", PAPER):
+    for suffix in ("", PAPER, CENTRED, PAPER + CENTRED):
         for battery in SELF_REPORTS:
             parts = tuple(format_measure(battery, f) + suffix for f in FORMATS)
             if there.intersection(parts):
@@ -48,6 +48,7 @@ def composites(measures: Iterable[str]) -> dict[str, tuple[str, ...]]:
 # Whole names, never their beginnings: a user's battery may be called anything else that starts like one.
 _RATED = {rating + suffix for rating in RATINGS for suffix in ("", CENTRED, ACQUIESCENCE)}
 _REPORTED = {*SELF_REPORTS, *(format_measure(battery, f) for battery in SELF_REPORTS for f in FORMATS)}
+_REPORTED |= {measure + CENTRED for measure in _REPORTED}
 
 
 def _in_both_modes(measure: str) -> str:

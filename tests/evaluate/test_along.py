@@ -130,6 +130,30 @@ def test_checkpoints_have_levels():
     assert checkpoint_levels(frame, [], draws=200, seed=1) == []
 
 
+def test_missing_answers_bound_levels_and_changes():
+    """One refusal at a checkpoint: the bounds are what it would be had it scored 0, and 1."""
+    frame = scores({"intentions": 20.0})
+    point = checkpoint_name(END, 20)
+    lost = (frame["variant"] == point) & (frame["prompt_id"] == "intentions-0")
+    counts = {name: frame[name].mask(lost, n) for name, n in (("n", 0), ("n_missing", 1), ("n_refused", 1))}
+    missing = frame.assign(value=frame["value"].mask(lost), **counts)
+
+    def rows(part):
+        levels = checkpoint_levels(part, variants(), draws=200, seed=1)
+        changes = along_estimates(follow(part, variants(), TOTAL, draws=200, seed=1))
+        return {(e.kind, e.variant): e for e in [*levels, *changes]}
+
+    got = rows(missing)
+    ends = [rows(frame.assign(value=frame["value"].mask(lost, value))) for value in (0.0, 1.0)]
+    for kind in ("level", "change"):
+        row = got[kind, point]
+        assert (row.n_missing, row.n_refused, row.n_unparsed) == (1, 1, 0)
+        assert (row.lowest, row.highest) == pytest.approx([end[kind, point].value for end in ends])
+        assert row.highest - row.lowest == pytest.approx(1 / 60)
+    complete = got["level", checkpoint_name(END, 40)]
+    assert complete.lowest == pytest.approx(complete.value) == pytest.approx(complete.highest)
+
+
 def test_half_is_read_off_the_straight_line_between_points():
     changes = np.array([[0.1, 0.3, 0.6], [-0.1, -0.3, -0.6], [0.5, 0.6, 0.6], [0.0, 0.0, 0.0]])
     assert half_step((0, 10, 20, 40), changes)[:3] == pytest.approx([20.0, 20.0, 6.0])

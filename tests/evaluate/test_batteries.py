@@ -1,5 +1,6 @@
 """Every battery scores hand-made answers to the number worked out by hand, and loses nothing silently."""
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from evaluate.batteries.answers import DISTRIBUTION_COLUMNS, SAMPLE_COLUMNS, VER
 from evaluate.batteries.language import teller
 from evaluate.batteries.paper_rules import read_reply
 from evaluate.design import Design, Filter, Grader
+from evaluate.grid import build_grid, scopes
 from evaluate.measures import bounds, by_group
 from evaluate.modes import FORMATS, Mode
 from evaluate.scores import score_answers
@@ -344,7 +346,10 @@ def test_questions_about_others_are_measures_of_their_own():
     assert {s.measure: s.value for s in found.scores} == {"other_ai_decision": 0.75}
     item = prompt("p", "moral_self_assessment", "decision", AB)
     found = self_assessment.score([item], answers(distributions={"p": ((0.25, 0.75), 0.0)}), worst_of=10)
-    assert {s.measure: s.value for s in found.scores} == {"moral_self_assessment_decision": 0.25}
+    assert {s.measure: s.value for s in found.scores} == {
+        "moral_self_assessment_decision": 0.25,
+        "moral_self_assessment_decision_centred": 0.0,
+    }
 
 
 def rating(name, foundation, key):
@@ -399,6 +404,43 @@ def test_without_reverse_keyed_items_there_is_no_acquiescence():
     assert {s.measure for s in found.scores} == {"moral_foundations", "moral_foundations_centred"}
     centred = [s.value for s in found.scores if s.measure == "moral_foundations_centred"]
     assert centred == [-0.25, 0.25]
+
+
+def test_what_is_centred_is_told_foundation_by_foundation():
+    """Its mean over foundations is 0 whatever the model says, and stands in no table."""
+    certain = moral_answers({"care-direct": 5, "care-reverse": 1, "purity-direct": 3, "purity-reverse": 3})
+    items = [
+        dataclasses.replace(prompt(f"{f}-{fmt}", "moral_self_assessment", fmt, group=f), cluster=fmt)
+        for f in ("care", "purity")
+        for fmt in ("decision", "numerical", "likert")
+    ]
+    certain.distributions.update(
+        {
+            p.prompt_id: {
+                "probabilities": [1.0, 0.0] if p.group == "care" else [0.5, 0.5],
+                "leftover": 0.0,
+                "unexplored": 0.0,
+            }
+            for p in items
+        }
+    )
+    scores = [
+        *moral.score(MORAL, certain, worst_of=10).scores,
+        *self_assessment.score(items, certain, worst_of=10).scores,
+    ]
+    over = {}
+    for scope in scopes(build_grid(pd.DataFrame(map(dataclasses.asdict, scores))), draws=100, seed=1):
+        over.setdefault(scope.measure, set()).add((scope.group, scope.split))
+    for measure in (
+        "moral_foundations_centred",
+        "moral_self_assessment_centred",
+        "moral_self_assessment_likert_centred",
+    ):
+        assert over[measure] == {("care", "all"), ("purity", "all")}
+    assert ("all", "all") in over["moral_foundations"]
+    value = {(s.measure, s.group): s.value for s in scores}
+    assert value["moral_self_assessment_likert_centred", "care"] == -0.25
+    assert value["moral_self_assessment_likert_centred", "purity"] == 0.25
 
 
 def test_a_foundation_without_answers_leaves_nothing_centred():
