@@ -519,12 +519,13 @@ def permutation_rows(rho: float, family_sd: float, studies: int, kind: str) -> I
 def write(path: Path, rows: list[Row], seconds: float) -> None:
     """Rows as CSV, with the machine and the commit that made them."""
     device = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
+    made_by = commit()  # before the file is opened: it is tracked, and open it counts as a change
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*(f.name for f in fields(Row)), "run_seconds", "device", "commit"])
         for row in rows:
-            writer.writerow([*asdict(row).values(), round(seconds, 1), device, commit()])
+            writer.writerow([*asdict(row).values(), round(seconds, 1), device, made_by])
 
 
 def main(argv: list[str]) -> None:
