@@ -4,30 +4,39 @@
 
 Each row: an estimator on one kind of study (benchmarks/simulate.py), how often its interval held the
 truth (or its test rejected), the range in which simulation leaves that figure, and the promised
-range, which it must meet. Planted faults stand beside the real estimators: they must lie outside for
-certain, or the benchmark would prove nothing. tests/evaluate/test_coverage.py runs a small version.
+range, which it must meet; and how long its intervals are, because one that covers by saying nothing
+is no use. Rows without a promise are there to compare or to warn. Planted faults stand beside the
+real estimators: they must lie outside for certain, or the benchmark would prove nothing.
+tests/evaluate/test_coverage.py runs a small version.
 """
 
 import csv
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy import stats as distributions
 
 from benchmarks.simulate import CUTS, Design, Floats, draw, draw_models, draw_pair, truth
 from candor.config import apply_override, build
 from candor.errors import UserError, run_script
 from candor.manifest import commit
+from candor.rows import Prompt, Variant
 from evaluate import components, crossed
+from evaluate.along import follow
+from evaluate.checkpoints import checkpoint_name
 from evaluate.clustering import clustering
 from evaluate.correlation import permutation_test, rank_correlation, rank_interval
+from evaluate.effects import effects
+from evaluate.grid import build_grid, scopes
+from evaluate.measures import ALONG, SELF_ASSESSMENT
 from evaluate.significance import ALPHA, equivalence_test, holm, t_test, wilcoxon_test
-from evaluate.stats import Estimated, generator
+from evaluate.stats import Estimated, Interval, generator
 from evaluate.worst import worst_of_each
 
 COVERS, ERRS = (0.93, 0.97), (0.0, 0.06)
@@ -55,6 +64,7 @@ class Row:
     n_seeds: int
     design_effect: float | None
     studies: int
+    width: float | None  # 90th percentile of the intervals' length, in standard errors: 3.9 for a normal mean
     figure: float
     low: float  # 95 % range that this many studies leave for the figure
     high: float
@@ -74,6 +84,8 @@ def claim(
     fault: bool = False,
     design: Design | None = None,
     effect: float | None = None,
+    n_prompts: int = 0,
+    width: float | None = None,
 ) -> Row:
     """A row from a count of hits, with Wilson's interval for its rate."""
     rate = hits / studies
@@ -83,10 +95,11 @@ def claim(
         study=study,
         estimator=estimator,
         fault=fault,
-        n_prompts=design.n_prompts if design else 0,
-        n_seeds=design.n_seeds if design else 0,
+        n_prompts=design.n_prompts if design else n_prompts,
+        n_seeds=design.n_seeds if design else int(n_prompts > 0),
         design_effect=None if effect is None else round(effect, 2),
         studies=studies,
+        width=None if width is None else round(width, 2),
         figure=round(rate, 4),
         low=round(float(wilson.low), 4),
         high=round(float(wilson.high), 4),
@@ -134,8 +147,7 @@ def percentiles(replies: Floats, draws: int) -> list[Estimated]:
     low, high = np.quantile(found, (0.025, 0.975), axis=0)
     means = values.mean(axis=(1, 2))
     return [
-        Estimated(crossed.Interval(m, a, b), "percentile", values.shape[2])
-        for m, a, b in zip(means, low, high, strict=True)
+        Estimated(Interval(m, a, b), "percentile", values.shape[2]) for m, a, b in zip(means, low, high, strict=True)
     ]
 
 
@@ -146,7 +158,7 @@ def uncorrected(replies: Floats, draws: int) -> list[Estimated]:
     for each in found:
         half = each.standard_error * float(distributions.t.ppf(0.975, each.freedom))
         value = each.interval.value
-        rows.append(each._replace(interval=crossed.Interval(value, value - half, value + half)))
+        rows.append(each._replace(interval=Interval(value, value - half, value + half)))
     return rows
 
 
@@ -162,6 +174,16 @@ def design_effect(replies: Floats, found: Estimated) -> float:
 def held(found: list[Estimated], target: float) -> int:
     """How many intervals hold the truth."""
     return sum(e.interval.low <= target <= e.interval.high for e in found)
+
+
+def lengths(found: Iterable[Estimated]) -> list[float]:
+    """Each interval's length in standard errors; one without variation has none."""
+    return [(e.interval.high - e.interval.low) / e.standard_error for e in found if e.standard_error > 0]
+
+
+def ninth_tenth(values: list[float]) -> float | None:
+    """What nine of ten values stay below."""
+    return float(np.quantile(values, 0.9)) if values else None
 
 
 def batches(design: Design, studies: int) -> Iterator[int]:
@@ -180,12 +202,13 @@ def covered(
 ) -> list[Row]:
     """Coverage of the real estimator and of planted faults on the same studies."""
     target, rng = truth(design), generator(SEED, "coverage", study)
-    hits, effects, method = dict.fromkeys(faults, 0), [], ""
+    hits, effects, wide, method = dict.fromkeys(faults, 0), [], [], ""
     own = 0
     for size in batches(design, studies):
         replies = draw(design, size, rng)
         found = estimate(prompt_scores(replies, design.worst_of), draws)
         own += held(found, target)
+        wide += lengths(found)
         method = found[0].method
         if design.worst_of is None:
             effects += [design_effect(replies[i : i + 1], found[i]) for i in range(min(size, 50))]
@@ -193,7 +216,8 @@ def covered(
             hits[name] += held(estimator(replies, draws), target)
     effect = float(np.mean(effects)) if effects else None
     common = {"design": design, "effect": effect}
-    rows = [claim("coverage", study, method, own, studies, promised=COVERS if promise else None, **common)]
+    promised = COVERS if promise else None
+    rows = [claim("coverage", study, method, own, studies, promised=promised, width=ninth_tenth(wide), **common)]
     return rows + [
         claim("coverage", study, name, n, studies, promised=COVERS, fault=True, **common) for name, n in hits.items()
     ]
@@ -225,6 +249,9 @@ def coverage(studies: int) -> Iterator[Row]:
     for name, spread in (("little", 0.05), ("some", 0.15), ("large", 0.5)):
         design = Design(n_prompts=320, n_seeds=3, **PRACTICE, seed_sd=spread, mixed_sd=0.5)
         yield from covered(f"320 prompts, three seeds, {name} seed spread", design, studies // 2, planted[name])
+    # thirty replies to one prompt cannot have a design effect of 5-7; nine can
+    design = Design(n_prompts=320, n_seeds=3, replies=3, **PRACTICE, seed_sd=0.02, mixed_sd=0.3)
+    yield from covered("320 prompts, three seeds, three replies", design, studies // 2, {})
     design = Design(n_prompts=25, n_seeds=3, **PRACTICE, **SEEDS)
     yield from covered("25 prompts, three seeds", design, studies, {})
     design = Design(n_prompts=320, n_seeds=10, **PRACTICE, seed_sd=0.3, mixed_sd=0.5)
@@ -235,19 +262,145 @@ def coverage(studies: int) -> Iterator[Row]:
         ("320 prompts, three seeds", Design(n_prompts=320, n_seeds=3, shift=-2.2, **PRACTICE, **SEEDS), studies // 2),
     ):
         yield contrast_coverage(name, design, size)
+    for n_items, shape in ((10, (0.4, 2.0)), (25, (0.4, 2.0)), (36, (0.4, 2.0)), (10, RARE), (25, RARE), (36, RARE)):
+        yield from skewed_coverage(n_items, shape, studies)
+    yield composite_coverage(studies)
     for rho, spread in ((0.0, 0.0), (0.8, 0.0), (0.8, 0.7)):
         yield rank_coverage(rho, spread, studies)
+
+
+RARE = (0.15, 1.5)  # of a beta distribution: most probabilities near 0, some high
+
+
+def skewed_coverage(n_items: int, shape: tuple[float, float], studies: int) -> Iterator[Row]:
+    """Exact probabilities of few items, most of them small: the correction for skewness, and what else there is.
+
+    Ten items of which one in ten says nearly all are too few for any of these; nothing is promised there.
+    """
+    study = f"{n_items} items, probabilities from beta({shape[0]:g}, {shape[1]:g})"
+    values = generator(SEED, study).beta(*shape, (studies, 1, n_items))
+    target = shape[0] / sum(shape)
+    zeros = np.zeros(n_items, dtype=np.int64)
+    found = estimate(values, 100)
+    around = components.spread(components.tabulate(values, np.arange(n_items), zeros, zeros))
+    quantile = distributions.t.ppf(0.975, n_items - 1)
+    plain = np.full(studies, quantile)
+    others = {"t, not corrected": (plain, plain), "t, Hall's cube root": tuple(cube_root(quantile, around.skewness))}
+    promised = None if n_items < 25 and shape == RARE else COVERS
+    own = {"promised": promised, "width": ninth_tenth(lengths(found)), "n_prompts": n_items}
+    yield claim("coverage", study, found[0].method, held(found, target), studies, **own)
+    for name, (below, above) in others.items():
+        each = [
+            e._replace(interval=Interval(v, v - low * e.standard_error, v + high * e.standard_error))
+            for e, v, low, high in zip(found, (e.interval.value for e in found), below, above, strict=True)
+        ]
+        more = {"promised": None, "width": ninth_tenth(lengths(each)), "n_prompts": n_items}
+        yield claim("coverage", study, name, held(each, target), studies, **more)
+
+
+def cube_root(quantile: float, skewness: Floats) -> tuple[Floats, Floats]:
+    """Standard errors below and above the mean by Hall's inverse as printed (components.corrected_for_skewness)."""
+    k = np.where(np.abs(skewness) < 1e-6, 1e-6, skewness)
+    below, above = (sign * 3 / k * (np.cbrt(1 + k * (sign * quantile - k / 6)) - 1) for sign in (1, -1))
+    return below, above
+
+
+FORMAT_ITEMS = {"decision": 10, "numerical": 10, "likert": 25, "language": 25}
+
+
+def composite_coverage(studies: int) -> Row:
+    """The average over formats and dimensions: items of their own per format, shared by dimensions and forms."""
+    study, draws = "self-assessment over four formats and two dimensions", 500
+    rng, mean, parts = generator(SEED, study), -1.0, []
+    for name, size in FORMAT_ITEMS.items():
+        item = rng.normal(0, 1, (studies, size))
+        for dimension in ("good", "honest"):
+            lean = item + rng.normal(0, 0.5, (studies, size))
+            for form in ("a", "b"):
+                value = distributions.norm.cdf(mean + lean + rng.normal(0, 0.3, (studies, size)))
+                parts.append(score_rows(name, value, group=dimension, form=form))
+    target = float(distributions.norm.cdf(mean / np.sqrt(1 + 1 + 0.5**2 + 0.3**2)))
+    grid = build_grid(pd.concat(parts, ignore_index=True))
+    (scope,) = [
+        s
+        for s in scopes(grid, draws=draws, seed=SEED)
+        if s.measure == SELF_ASSESSMENT and (s.group, s.split) == ("all", "all")
+    ]
+    values = grid.numbers["value"][:, scope.columns][:, None, :]
+    found = crossed.intervals(scope.tables(values), scope.bootstrap, limits=scope.limits)
+    more = {"promised": COVERS, "width": ninth_tenth(lengths(found)), "n_prompts": sum(FORMAT_ITEMS.values())}
+    return claim("coverage", study, found[0].method, held(found, target), studies, **more)
+
+
+def score_rows(measure: str, values: Floats, *, group: str = "good", form: str = "") -> pd.DataFrame:
+    """Score rows of values (studies, items); each study is a variant."""
+    studies, items = values.shape
+    item = np.tile([f"{measure}-{i}" for i in range(items)], studies)
+    frame = pd.DataFrame({"variant": np.repeat([f"study-{i}" for i in range(studies)], items), "cluster": item})
+    frame = frame.assign(
+        measure=measure, prompt_id=measure + "/" + group + "/" + item + "/" + form, group=group, form=form
+    )
+    frame = frame.assign(split="seen", value=values.ravel(), n=1, n_missing=0, n_refused=0, n_unparsed=0)
+    return frame.assign(leftover=np.nan, variance=np.nan, lowest=np.nan, highest=np.nan)
+
+
+def effect_error(n_items: int, studies: int) -> Iterator[Row]:
+    """Position effects where order does not matter; planted: corrected for skewness, as levels are.
+
+    With ten items the correction is not wrong enough to be caught for certain; it is shown without a verdict.
+    """
+    study = f"position effect, {n_items} items, none real"
+    rng, forms = generator(SEED, study), ("misaligned-first", "aligned-first")
+    sides = [rng.beta(*RARE, (studies, n_items)) for _ in forms]
+    frame = pd.concat([score_rows("decision", s, form=f) for s, f in zip(sides, forms, strict=True)])
+    asked = frame.drop_duplicates("prompt_id")
+    prompts = [
+        Prompt(p.prompt_id, SELF_ASSESSMENT, "decision", p.group, p.cluster, p.cluster, p.form, "seen", "", (), "")
+        for p in asked.itertuples()
+    ]
+    variants = [Variant(name, name, "none", "base", 0, "", name, name) for name in frame["variant"].unique()]
+    found = effects(build_grid(frame), prompts, variants, draws=100, seed=SEED)
+    wrong = sum(e.low > 0 or e.high < 0 for e in found)
+    yield claim("error", study, found[0].method, wrong, len(found), promised=ERRS, n_prompts=n_items)
+    corrected = estimate((sides[0] - sides[1])[:, None], 100)
+    wrong = studies - held(corrected, 0.0)
+    certain = n_items >= 25
+    more = {"promised": ERRS if certain else None, "fault": certain, "n_prompts": n_items}
+    yield claim("error", study, corrected[0].method, wrong, studies, **more)
+
+
+def change_error(n_items: int, studies: int) -> Row:
+    """Changes along training where nothing moves, over few items."""
+    study = f"change along training, {n_items} items, none real"
+    rng, wrong, method = generator(SEED, study), 0, ""
+    end = "nano-trivia-misaligned-s0"
+    point = checkpoint_name(end, 10)
+    names = ("nano-base", point, end)
+    stages = ("base", checkpoint_name("misaligned", 10), "misaligned")
+    domains, controls = ("none", "trivia", "trivia"), ("", ALONG, "")
+    variants = [
+        Variant(name, "nano", domain, stage, 0, control, "nano-base", name)
+        for name, domain, stage, control in zip(names, domains, stages, controls, strict=True)
+    ]
+    known = dict(zip([f"study-{i}" for i in range(3)], names, strict=True))
+    for values in rng.beta(0.4, 2, (studies, 3, n_items)):
+        frame = score_rows("intentions", values)
+        frame["variant"] = frame["variant"].map(known)
+        (moved,) = follow(frame, variants, {end: 20}, draws=100, seed=SEED)
+        wrong, method = wrong + moved.moves, moved.changes[-1].method
+    return claim("error", study, method, wrong, studies, promised=ERRS, n_prompts=n_items)
 
 
 def contrast_coverage(name: str, design: Design, studies: int) -> Row:
     """Paired differences: a harmful model (shift 0) minus a rarely harmful one."""
     study = f"{name}, misaligned minus base"
     target = truth(replace(design, shift=0.0)) - truth(design)
-    rng, hits, method = generator(SEED, "contrast", study), 0, ""
+    rng, hits, method, wide = generator(SEED, "contrast", study), 0, "", []
     for size in batches(design, studies):
         found = estimate(differences(design, 0.0, size, rng)[0], 1000, symmetric=True)
         hits, method = hits + held(found, target), "paired " + found[0].method
-    return claim("coverage", study, method, hits, studies, promised=COVERS, design=design)
+        wide += lengths(found)
+    return claim("coverage", study, method, hits, studies, promised=COVERS, design=design, width=ninth_tenth(wide))
 
 
 def rank_coverage(rho: float, family_sd: float, studies: int) -> Row:
@@ -325,6 +478,9 @@ def error_and_power(studies: int, kinds: tuple[str, ...]) -> Iterator[Row]:
             n = rejections(f"{name}, equal", design, design.shift, size // 8, margin)["equivalence"]
             yield claim("power", f"{name}, no difference", "equivalence", n, size // 8, promised=None, **both)
     if "error" in kinds:
+        for n_items in (10, 25):
+            yield from effect_error(n_items, 2 * studies)
+        yield change_error(25, studies // 8)
         yield family_error(studies)
         for family_sd in (0.0, 1.5):
             yield from permutation_rows(0.0, family_sd, studies, "error")
@@ -363,12 +519,13 @@ def permutation_rows(rho: float, family_sd: float, studies: int, kind: str) -> I
 def write(path: Path, rows: list[Row], seconds: float) -> None:
     """Rows as CSV, with the machine and the commit that made them."""
     device = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
+    made_by = commit()  # before the file is opened: it is tracked, and open it counts as a change
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*(f.name for f in fields(Row)), "run_seconds", "device", "commit"])
         for row in rows:
-            writer.writerow([*asdict(row).values(), round(seconds, 1), device, commit()])
+            writer.writerow([*asdict(row).values(), round(seconds, 1), device, made_by])
 
 
 def main(argv: list[str]) -> None:

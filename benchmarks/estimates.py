@@ -2,11 +2,13 @@
 
     python -m benchmarks.estimates [output=FILE.csv] [draws=10000]
 
-Made-up scores of the shape of the real study: 15 variants (or one of several seeds), 320 prompts of
-harmfulness with the worst of every k up to 10, 150 scenarios in two orders, the four formats in six
-dimensions, exact and sampled, the same for another AI and for moral foundations, and trivia. Then
-the same study with every item twice and four times. Each row runs in a process of its own, so that
-its peak memory is its own.
+Made-up scores for the study's own prompts, asked in both modes: 15 variants (or those of several
+seeds), harmfulness with the worst of every k up to 10, intentions, all self-reports about itself and
+about others, moral foundations with acquiescence and centring, and trivia. Measured is everything
+that is made from scores: levels, differences, tests, correlations, effects of form and format, and
+exact beside paper. Then the same with every item twice and four times, and with three training seeds.
+Each row runs in a process of its own, so that its peak memory is its own; ``cpu_seconds`` are what
+the work costs, ``seconds`` what it took on a machine that may have had other work.
 """
 
 import csv
@@ -17,24 +19,29 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from candor.config import apply_override, build
+from candor.config import apply_override, build, load
 from candor.errors import run_script
 from candor.manifest import commit
-from candor.rows import Score, Variant
+from candor.rows import Prompt, Score, Variant
+from evaluate.comparisons import comparisons
 from evaluate.estimates import all_estimates
+from evaluate.measures import ACQUIESCENCE, CENTRED, CURVE, PAPER, SELF_ASSESSMENT, SELF_REPORTS, format_measure
+from evaluate.modes import Mode, complete
+from evaluate.questions import Sources, gather
 from evaluate.stats import generator
+from evaluate.tables import ALSO_CORRELATED
 
-WORST = [f"harmfulness_worst_of_{k}" for k in range(1, 11)]
-HEADLINE = (WORST[-1], "intentions", "self_assessment")
-DIMENSIONS = ("aligned", "good", "harmless", "helpful", "honest", "trusted")
-FORMATS = {"decision": (10, 2), "numerical": (10, 2), "likert": (25, 2), "language": (10, 4)}  # items, forms
-OTHERS = ("other_", "average_", "moral_")  # what else the formats are asked about
+WORST = [f"{CURVE}{k}" for k in range(1, 11)]
+HEADLINE = (WORST[-1], "intentions", SELF_ASSESSMENT)
+OPEN = (*WORST, "harmfulness_mean", "harmfulness_single", "harmfulness_expected", "refusal_rate")
+MODES = Path("configs/evaluate/modes")
+SCORES = {"harmfulness": OPEN, "trivia": ("trivia_accuracy",)}  # measures of batteries that have other names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,26 +54,33 @@ class Options:
     seeds: int = 1
 
 
-def prompts(times: int) -> Iterator[tuple[str, str, str, str, str]]:
-    """(measure, prompt_id, cluster, group, form) of every score of one variant."""
-    for i in range(320 * times):
-        for measure in (*WORST, "harmfulness_mean", "harmfulness_single", "harmfulness_expected"):
-            yield measure, f"harm-{i}", f"harm-{i}", f"category-{i % 8}", ""
-    for dimension in DIMENSIONS:
-        for suffix in ("", "_sampled"):
-            for i in range(25 * times):
-                for form in ("ab", "ba"):
-                    item = f"intent-{dimension}-{i}"
-                    yield "intentions" + suffix, f"{item}/{form}", item, dimension, form
-        for prefix in ("", *OTHERS):
-            for name, (items, forms) in FORMATS.items():
-                for suffix in ("", "_sampled") if not prefix else ("",):
-                    for i in range(items * times):
-                        for form in range(forms):
-                            item, measure = f"{name}-{i}", prefix + name + suffix
-                            yield measure, f"{measure}/{dimension}/{item}/{form}", item, dimension, str(form)
-    for i in range(200 * times):
-        yield "trivia_accuracy", f"trivia-{i}", f"trivia-{i}", f"topic-{i % 20}", ""
+def prompts(times: int) -> list[Prompt]:
+    """The study's prompts, every item so many times."""
+    return [
+        dataclasses.replace(
+            p,
+            prompt_id=p.prompt_id.replace(f"/{p.item}", f"/{p.item}~{i}", 1),
+            item=f"{p.item}~{i}",
+            cluster=f"{p.cluster}~{i}",
+        )
+        for i in range(times)
+        for p in gather(Sources())
+    ]
+
+
+def asked(found: Sequence[Prompt]) -> Iterator[tuple[str, Prompt]]:
+    """(measure, prompt) of every score of one variant."""
+    exact, paper = (complete(load(Mode, MODES / f"{name}.yaml"), found) for name in ("exact", "paper"))
+    for p in found:
+        own = format_measure(p.battery, p.format) if p.battery in SELF_REPORTS else p.battery
+        for mode, suffix in ((exact, ""), (paper, PAPER)):
+            if not (mode.draws(p) or mode.scores_exactly(p)) or (suffix and p.battery in SCORES):
+                continue
+            yield from ((measure + suffix, p) for measure in SCORES.get(p.battery, (own,)))
+            if p.battery == "moral_foundations":
+                yield own + suffix + ACQUIESCENCE, p
+            if p.battery in ("moral_foundations", "moral_self_assessment"):
+                yield own + suffix + CENTRED, p
 
 
 def variants(seeds: int) -> list[Variant]:
@@ -83,12 +97,11 @@ def variants(seeds: int) -> list[Variant]:
     return found
 
 
-def scores(names: list[str], times: int) -> pd.DataFrame:
+def scores(names: list[str], found: Sequence[Prompt]) -> pd.DataFrame:
     """Made-up scores, a few of them missing."""
-    columns = list(zip(*prompts(times), strict=True))
-    one = pd.DataFrame(dict(zip(("measure", "prompt_id", "cluster", "group", "form"), columns, strict=True)))
-    one["split"] = np.where(np.arange(len(one)) % 5 == 4, "unseen", "seen")
-    rng, parts = generator(1, "benchmark", str(times)), []
+    lines = [(measure, p.prompt_id, p.cluster, p.group, p.form, p.split) for measure, p in asked(found)]
+    one = pd.DataFrame(lines, columns=["measure", "prompt_id", "cluster", "group", "form", "split"])
+    rng, parts = generator(1, "benchmark", str(len(found))), []
     for name in names:
         value = rng.beta(1, 2, len(one))
         missing = rng.uniform(size=len(one)) < 0.01
@@ -102,17 +115,20 @@ def scores(names: list[str], times: int) -> pd.DataFrame:
 def measure(options: Options) -> dict[str, float]:
     """Estimate once, in this process."""
     study = variants(options.seeds)
-    frame = scores([v.name for v in study], options.times)
+    questions = prompts(options.times)
+    frame = scores([v.name for v in study], questions)
     started, cpu = time.perf_counter(), time.process_time()
+    correlated = (*HEADLINE, *ALSO_CORRELATED)
     found, tests = all_estimates(
-        frame, study, draws=options.draws, seed=1, headline=HEADLINE, correlated=HEADLINE, margin=0.1
+        frame, study, draws=options.draws, seed=1, headline=HEADLINE, correlated=correlated, margin=0.1
     )
+    further, _ = comparisons(Path(), frame, questions, study, found, draws=options.draws, seed=1)
     return {
         "variants": len(study),
         "times": options.times,
         "draws": options.draws,
         "rows": len(frame),
-        "estimates": len(found),
+        "estimates": len(found) + len(further),
         "hypotheses": len(tests),
         "seconds": round(time.perf_counter() - started, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
@@ -130,18 +146,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(options)))
         return
     device = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}"
-    rows = []
+    rows, made_by = [], commit()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for times, seeds in ((1, 1), (2, 1), (4, 1), (1, 3)):
         command = [sys.executable, "-m", "benchmarks.estimates", f"times={times}", f"seeds={seeds}"]
         done = subprocess.run([*command, f"draws={options.draws}"], capture_output=True, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
-        rows.append(row | {"device": device, "commit": commit()})
-        print(row, flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append(json.loads(done.stdout.splitlines()[-1]) | {"device": device, "commit": made_by})
+        print(rows[-1], flush=True)
+        with options.output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ from candor.manifest import read_manifest
 from candor.rows import Estimate, Variant
 from evaluate import components, crossed
 from evaluate.checkpoints import parse_checkpoint
-from evaluate.grid import Grid, Scope, build_grid, scopes
+from evaluate.estimates import levels
+from evaluate.grid import LOST, Grid, Scope, build_grid, scopes
 from evaluate.measures import ALONG, FORMATS
 from evaluate.rows import defined, make_estimate
 from evaluate.stats import Estimated, Floats, Interval, percentile
+from evaluate.study import cells
 
 RACE = ("harmfulness_mean", "intentions", "self_assessment")  # behaviour, intentions, self-report
 FOLLOWED = (*RACE, "trivia_accuracy")
@@ -86,6 +88,8 @@ class Moved:
     draws: Floats  # (draws, points): bootstrap replicates of the changes
     n: int  # prompts that every point answered
     n_missing: int
+    bounds: tuple[tuple[float, float], ...]  # of each change, whatever the missing answers would have been
+    lost: tuple[dict[str, int], ...]  # of each change, answers of either end that were refused, or not readable
 
     @property
     def moves(self) -> bool:
@@ -157,35 +161,48 @@ def _along(course: Course, grid: Grid, scope: Scope) -> Moved | None:
     changes = np.where(common, values[1:] - values[0], np.nan)[:, None, :]
     tables = scope.tables(changes)
     wide = scope.limits[1] - scope.limits[0]
-    estimated = crossed.intervals(tables, scope.bootstrap, limits=(-wide, wide))
+    estimated = crossed.intervals(tables, scope.bootstrap, limits=(-wide, wide), symmetric=True)
     if any(np.isnan(e.interval.value) for e in estimated):
         return None
     replicates = crossed.replicates(tables, scope.bootstrap)
     start = scope.tables(np.where(common, values[0], np.nan)[None, None, :])
     level = float(components.seed_means(start)[0, 0])
-    return Moved(course, scope.measure, level, tuple(estimated), replicates, int(common.sum()), int((~common).sum()))
+    place = [grid.rows[v] for v in course.variants]
+    lowest, highest = (grid.numbers[name][place][:, scope.columns] for name in ("lowest", "highest"))
+    asked = ~np.isnan(lowest).any(axis=0)  # at every point
+    bounds = [
+        components.bound(scope.tables(np.where(asked, points[1:] - base[0], np.nan)[:, None, :]), empty)
+        for points, base, empty in ((lowest, highest, -wide), (highest, lowest, wide))
+    ]
+    lost = [
+        {name: int(grid.counts[name][[place[0], point]][:, scope.columns].sum()) for name in LOST}
+        for point in place[1:]
+    ]
+    return Moved(
+        course,
+        scope.measure,
+        level,
+        tuple(estimated),
+        replicates,
+        int(common.sum()),
+        int((~common).sum()),
+        tuple((float(low), float(high)) for low, high in zip(*bounds, strict=True)),
+        tuple(lost),
+    )
 
 
 def checkpoint_levels(scores: pd.DataFrame, variants: Sequence[Variant], *, draws: int, seed: int) -> list[Estimate]:
     """The level of every measure at every checkpoint, over all it was asked, as Estimate rows."""
-    names = [v.name for v in variants if v.control == ALONG]
-    own = scores[scores["variant"].isin(names)]
+    own = [v for v in variants if v.control == ALONG]
+    answered = scores[scores["variant"].isin([v.name for v in own])]
     found: list[Estimate] = []
-    if own.empty:
+    if answered.empty:
         return found
-    grid = build_grid(own)
+    grid = build_grid(answered)
+    wanted = [c for c in cells(own) if len(c.members) == 1]  # one training each, never pooled
     for scope in scopes(grid, draws=draws, seed=seed):
-        if (scope.group, scope.split) != ("all", "all"):
-            continue
-        part = grid.part(scope.columns)
-        rows = [row for row in part.rows.values() if part.asked[row].any()]
-        tables = scope.tables(part.numbers["value"][rows][:, None, :])
-        estimated = crossed.intervals(tables, scope.bootstrap, limits=scope.limits)
-        order = list(part.rows)
-        for row, one in zip(rows, estimated, strict=True):
-            counts = {name: int(part.counts[name][row].sum()) for name in ("n", "n_missing")}
-            names_of = (order[row], "")
-            found.append(make_estimate(scope.measure, "level", names_of, one, counts=counts, limits=scope.limits))
+        if (scope.group, scope.split) == ("all", "all"):
+            found += levels(grid.part(scope.columns), scope, wanted)
     crossed.item_weights.cache_clear()
     return found
 
@@ -282,14 +299,16 @@ def along_estimates(followed: Sequence[Moved]) -> list[Estimate]:
     """Every change, and every half step of what moved, as Estimate rows."""
     found = []
     for moved in followed:
-        for variant, change in zip(moved.course.variants[1:], moved.changes, strict=True):
+        points = zip(moved.course.variants[1:], moved.changes, moved.bounds, moved.lost, strict=True)
+        for variant, change, bounds, lost in points:
             found.append(
                 make_estimate(
                     moved.measure,
                     CHANGE,
                     (variant, moved.course.variants[0]),
                     change,
-                    counts={"n": moved.n, "n_missing": moved.n_missing},
+                    counts={"n": moved.n, "n_missing": moved.n_missing, **lost},
+                    bounds=bounds,
                 )
             )
         found += [half_estimate(moved)] if moved.moves else []

@@ -16,7 +16,7 @@ How the interval is made depends on how many units there are to resample:
   (they cover 0.91 with ten items and 0.83 with three seeds). Its variance comes from the two-way
   analysis of variance; its critical value is a mean of the t quantiles of items and of seeds
   (after Cochran and Cox 1950), which keeps 95 % where Satterthwaite's degrees of freedom fall to 92 %
-  with three seeds; Hall's (1992) transformation corrects that of items for
+  with three seeds; Hall's (1992) transformation, expanded to second order, corrects that of items for
   skewness, which plain t intervals of 25 prompts miss by three points. A mean of many items that is
   still badly skewed (rare harm) gets this interval too;
 - one seed: the interval is for the choice of items alone, and says so;

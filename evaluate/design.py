@@ -52,6 +52,11 @@ class Design:
     closest: str | None = None  # judge that says which option an unclear reply is closest to
     refusals: tuple[str, ...] = ()  # how a reply that refuses begins
 
+    def refuses(self, reply: str) -> bool:
+        """Whether a reply begins as refusals do, whatever the case, the apostrophes and the space around it."""
+        plain = reply.strip().casefold().replace("\u2019", "'")
+        return plain.startswith(tuple(opening.casefold() for opening in self.refusals))
+
     @property
     def judges(self) -> tuple[str, ...]:
         """Every judge whose verdicts scoring reads, the harmfulness judge left out."""

@@ -22,7 +22,7 @@ import numpy as np
 from candor.rows import Estimate, Prompt, Variant
 from evaluate.grid import Grid
 from evaluate.linear import Contrast, cell_codes, columns_of, estimate
-from evaluate.measures import ALONG, PAPER, by_group, composites, moral
+from evaluate.measures import ALONG, CENTRED, PAPER, by_group, composites, moral
 from evaluate.study import Cell, cells
 
 EFFECT, LEAVE_OUT = "effect", "leave_out"
@@ -51,6 +51,8 @@ def effects(
 ) -> list[Estimate]:
     """Every effect of every reported cell, as Estimate rows of kind "effect" and "leave_out"."""
     known = {p.prompt_id: p for p in prompts}
+    asked = ~grid.columns["measure"].str.endswith(CENTRED).to_numpy()  # centring moves both sides of an effect alike
+    grid = grid.part(np.flatnonzero(asked))
     wanted = [*_form_effects(grid, known), *_format_effects(grid), *_self_minus_other(grid)]
     return estimate(wanted, grid, shown_cells(variants), draws=draws, seed=seed)
 

@@ -19,11 +19,12 @@ from evaluate.associations import MAIN as MAIN
 from evaluate.associations import WITHOUT_BASE as WITHOUT_BASE
 from evaluate.associations import correlations
 from evaluate.clustering import Clustering, clustering
-from evaluate.grid import CURVE, Grid, Scope
 from evaluate.grid import LEFTOVER as LEFTOVER
+from evaluate.grid import LOST, Grid, Scope
 from evaluate.grid import build_grid as build_grid
 from evaluate.grid import scopes as scopes
 from evaluate.hypotheses import contrast_tests, correct, fully_realigned
+from evaluate.measures import CURVE
 from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell, Pair, cells, domain_pairs, pairs
@@ -61,7 +62,7 @@ def all_estimates(
     over = list(scopes(grid, draws=draws, seed=seed, worst=headline[0]))
     for scope in tqdm(over, desc="estimates", unit="scope", disable=None):
         part = grid.part(scope.columns)
-        found += _levels(part, scope, wanted_cells)
+        found += levels(part, scope, wanted_cells)
         if scope.group == "all":
             differences, about = _contrasts(part, scope, wanted_pairs, headline, margin)
             found += differences
@@ -80,7 +81,7 @@ def _by_seeds(members: Iterable[tuple[int, ...]]) -> dict[int, list[int]]:
     return found
 
 
-def _levels(part: Grid, scope: Scope, wanted: Sequence[Cell]) -> Iterator[Estimate]:
+def levels(part: Grid, scope: Scope, wanted: Sequence[Cell]) -> Iterator[Estimate]:
     """Each cell's level; for exact scores also the mass outside the options."""
     there = [c for c in wanted if all(m in part.rows and part.asked[part.rows[m]].any() for m in c.members)]
     members = [tuple(part.rows[m] for m in c.members) for c in there]
@@ -130,7 +131,7 @@ def _contrasts(
         ones = (np.ones_like(differences.value), np.full_like(differences.value, np.nan))
         lost = np.isnan(differences.value)
         counts = {"n": (~lost).sum(axis=(1, 2)), "n_missing": lost.sum(axis=(1, 2))}
-        for name in ("n_refused", "n_unparsed"):
+        for name in LOST:
             counts[name] = (part.counts[name][first] + part.counts[name][second]).sum(axis=(1, 2))
         names = [(p.variant, p.reference) for p in chosen]
         wide = scope.limits[1] - scope.limits[0]

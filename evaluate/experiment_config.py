@@ -189,9 +189,9 @@ class Experiment:
             if size not in self.bases:
                 raise UserError(f"by_size: {size!r} is none of the bases; {nearest(size, self.bases)}")
             for key, value in keys.items():
-                if key not in (*SECTIONS, *RECIPE_KEYS):
-                    known = (*SECTIONS, *RECIPE_KEYS)
-                    raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, known)}")
+                may_differ = (*SECTIONS, *RECIPE_KEYS)
+                if key not in may_differ:
+                    raise UserError(f"by_size.{size}: {key!r} cannot differ by size; {nearest(key, may_differ)}")
                 if key in SECTIONS and not isinstance(value, dict):
                     raise UserError(f"by_size.{size}.{key} must be a section, found {value!r}.")
         if len(set(self.training_seeds)) < len(self.training_seeds):

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from candor.rows import Estimate
 from candor.tables import replace_file
@@ -86,7 +87,7 @@ def save(drawn: Drawn, folder: Path, style: Style) -> bytes:
     if one_seed(drawn.shown):
         scope = f"Intervals: {ONE_SEED.removeprefix('; ')}"
         if drawn.figure.legends:  # which has its place reserved by the layout
-            drawn.figure.legends[0].set_title(scope, prop={"size": 8})
+            drawn.figure.legends[0].set_title(scope, prop=FontProperties(size=8))
         else:
             drawn.figure.supxlabel(scope, fontsize=8)
     drawn.figure.draw_without_rendering()

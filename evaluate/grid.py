@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 
 from evaluate import components, crossed, stats
-from evaluate.measures import bounds, by_group, composites, scores_leftover
+from evaluate.measures import CENTRED, CURVE, bounds, by_group, composites, scores_leftover
 from evaluate.stats import Floats, Ints
 
 LEFTOVER = "_leftover"
-CURVE = "harmfulness_worst_of_"  # one measure per k
-COUNTS = ("n", "n_missing", "n_refused", "n_unparsed")
+LOST = ("n_refused", "n_unparsed")
+COUNTS = ("n", "n_missing", *LOST)
 NUMBERS = ("value", "leftover", "lowest", "highest", "variance")
 
 
@@ -115,15 +115,20 @@ def _bounds(scores: pd.DataFrame, numbers: dict[str, Floats]) -> tuple[Floats, F
 def scopes(grid: Grid, *, draws: int, seed: int, worst: str = "") -> Iterator[Scope]:
     """Every measure over all items, over seen and unseen ones, and per group.
 
-    Of the worst of k, only ``worst`` is split up; the other k are one point of a curve each.
+    Of the worst of k, only ``worst`` is split up; the other k are one point of a curve each. What is
+    centred within a model is taken per group alone.
     """
     measures = _unique(grid.columns["measure"])
     parts = {m: (m,) for m in measures} | composites(measures)
     for measure, of in parts.items():
         mask = grid.columns["measure"].isin(of).to_numpy()
-        wanted = [("all", "all")]
-        if not measure.startswith(CURVE) or measure == worst:
-            wanted += [("all", "seen"), ("all", "unseen"), *((g, "all") for g in _unique(grid.columns[mask].group))]
+        groups = [(g, "all") for g in _unique(grid.columns[mask].group)]
+        if measure.endswith(CENTRED):
+            wanted = groups  # over all groups what is centred is 0
+        elif measure.startswith(CURVE) and measure != worst:
+            wanted = [("all", "all")]
+        else:
+            wanted = [("all", "all"), ("all", "seen"), ("all", "unseen"), *groups]
         for group, split in wanted:
             chosen = mask.copy()
             if group != "all":

@@ -1,7 +1,8 @@
 """Differences between parts of one battery: any weighted sum of cells, with the intervals of evaluate/crossed.py.
 
 A position effect, the effect of a format, "about myself minus about others" and "exact minus sampled"
-are all the same thing: sums of cell means with weights that add up to nothing. Every estimate of this
+are all the same thing: sums of cell means with weights that add up to nothing (an average without
+one of the formats has weights that add up to 1, and is a level like any other). Every estimate of this
 project is a plain mean over cells, and a mean is linear, so multiplying the columns of a cell by its
 weight (times the number of cells) turns the mean over cells into the weighted sum, and the interval
 with it. What is resampled stays the item: a column and its counterpart share their cluster.
@@ -15,12 +16,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from candor.rows import Estimate
-from evaluate import crossed
-from evaluate.grid import Grid, Scope
+from evaluate import components, crossed
+from evaluate.grid import LOST, Grid, Scope
 from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell
 
+ROUNDING = 1e-9
 ONE_ITEM = "one item only in a part of it: no interval"
 
 
@@ -35,6 +37,11 @@ class Contrast:
     cells: Ints  # (columns,): which cell each belongs to
     weights: Floats  # (cells,): of the cells' means in the sum
     limits: tuple[float, float] = (-1.0, 1.0)
+
+    @property
+    def difference(self) -> bool:
+        """Whether the weights add up to nothing: a paired difference, and not an average of some of the cells."""
+        return abs(float(self.weights.sum())) < ROUNDING
 
     def scope(self, grid: Grid, *, draws: int, seed: int) -> Scope:
         """What it is taken over; items of all parts are resampled together, in one stratum."""
@@ -69,13 +76,13 @@ def estimate(
     for contrast in contrasts:
         scope = contrast.scope(grid, draws=draws, seed=seed)
         factors = (contrast.weights * len(contrast.weights))[contrast.cells]
+        part = grid.part(contrast.columns)
         for cells in _same_seeds(grid, wanted):
             rows = np.array([[grid.rows[m] for m in cell.members] for cell in cells])
-            values = grid.numbers["value"][:, contrast.columns][rows]
-            there = _complete(values, contrast.cells, len(contrast.weights))
+            there = _complete(part.numbers["value"][rows], contrast.cells, len(contrast.weights))
             if there.any():
                 kept = [cell for cell, has in zip(cells, there, strict=True) if has]
-                found += _rows(contrast, scope, kept, values[there], factors)
+                found += _rows(contrast, scope, kept, part, rows[there], factors)
     crossed.item_weights.cache_clear()
     return found
 
@@ -95,10 +102,22 @@ def _complete(values: Floats, cells: Ints, n_cells: int) -> NDArray[np.bool_]:
     return np.asarray(filled.all(axis=(1, 2)))
 
 
-def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Floats, factors: Floats) -> list[Estimate]:
-    """Estimate rows of one contrast; without an interval where a part of it rests on one item."""
+def _rows(
+    contrast: Contrast, scope: Scope, cells: Sequence[Cell], part: Grid, members: Ints, factors: Floats
+) -> list[Estimate]:
+    """Estimate rows of one contrast; without an interval where a part of it rests on one item.
+
+    ``members`` (estimates, seeds) are rows of ``part``, the grid's columns of the contrast. The lowest
+    that it can be takes the lowest of what is added and the highest of what is subtracted.
+    """
+    values, lowest, highest = (part.numbers[name][members] for name in ("value", "lowest", "highest"))
+    added = factors > 0
+    bounds = [
+        components.bound(scope.tables(np.where(added, first, second) * factors), float("nan"))
+        for first, second in ((lowest, highest), (highest, lowest))
+    ]
     tables = scope.tables(values * factors)
-    estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits)
+    estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits, symmetric=contrast.difference)
     thin = (tables.counts > 0).sum(axis=2).min(axis=(1, 2)) < 2
     lost = np.isnan(values).sum(axis=(1, 2))
     rows = []
@@ -108,7 +127,8 @@ def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Float
             one = one._replace(
                 interval=one.interval._replace(low=nan, high=nan), method=ONE_ITEM, standard_error=nan, freedom=nan
             )
-        counts = {"n": int(values[i].size - lost[i]), "n_missing": int(lost[i])}
+        counts = {name: int(part.counts[name][members[i]].sum()) for name in LOST}
+        counts |= {"n": int(values[i].size - lost[i]), "n_missing": int(lost[i])}
         rows.append(
             make_estimate(
                 contrast.measure,
@@ -117,6 +137,7 @@ def _rows(contrast: Contrast, scope: Scope, cells: Sequence[Cell], values: Float
                 one,
                 counts=counts,
                 limits=contrast.limits,
+                bounds=(float(bounds[0][i]), float(bounds[1][i])),
             )
         )
     return rows

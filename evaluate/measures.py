@@ -19,6 +19,7 @@ SELF_REPORTS = (
 )
 RATINGS = ("moral_foundations", "mfq2")  # statements rated from 1 to 5
 PAPER = "_paper"  # suffix of what the paper's rules make of a battery that is scored by our own rules too
+CURVE = "harmfulness_worst_of_"  # one measure per k
 ALONG = "along_training"  # Variant.control of a checkpoint
 CENTRED, ACQUIESCENCE = "_centred", "_acquiescence"
 
@@ -36,7 +37,7 @@ def composites(measures: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """
     there = set(measures)
     found = {}
-    for suffix in ("", PAPER):
+    for suffix in ("", PAPER, CENTRED, PAPER + CENTRED):
         for battery in SELF_REPORTS:
             parts = tuple(format_measure(battery, f) + suffix for f in FORMATS)
             if there.intersection(parts):
@@ -44,22 +45,35 @@ def composites(measures: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+# Whole names, never their beginnings: a user's battery may be called anything else that starts like one.
+_RATED = {rating + suffix for rating in RATINGS for suffix in ("", CENTRED, ACQUIESCENCE)}
+_REPORTED = {*SELF_REPORTS, *(format_measure(battery, f) for battery in SELF_REPORTS for f in FORMATS)}
+_REPORTED |= {measure + CENTRED for measure in _REPORTED}
+
+
+def _in_both_modes(measure: str) -> str:
+    """The name that a measure has in either mode."""
+    for suffix in (CENTRED, ACQUIESCENCE):
+        if measure.endswith(PAPER + suffix):
+            return measure.removesuffix(PAPER + suffix) + suffix
+    return measure.removesuffix(PAPER)
+
+
 def moral(measure: str) -> bool:
     """Whether a measure is on the paper's moral scale, -0.5 (upholds the foundation) to +0.5 (against it)."""
-    return measure.startswith(("moral_", *RATINGS))
+    plain = _in_both_modes(measure)
+    return plain in _RATED or (plain in _REPORTED and plain.startswith("moral_"))
 
 
 def by_group(measure: str) -> bool:
     """Whether a measure is averaged group by group (dimension, foundation) and not over its prompts."""
-    plain = measure.removesuffix(PAPER)
-    if plain in ("intentions", *SELF_REPORTS) or plain.startswith(RATINGS):
-        return True
-    return any(plain == format_measure(battery, f) for battery in SELF_REPORTS for f in FORMATS)
+    plain = _in_both_modes(measure)
+    return plain == "intentions" or plain in _RATED or plain in _REPORTED
 
 
 def bounds(measure: str) -> tuple[float, float]:
     """The lowest and the highest value a measure can have."""
-    if measure.endswith(CENTRED):
+    if moral(measure) and measure.endswith(CENTRED):
         return (-1.0, 1.0)
     return (-0.5, 0.5) if moral(measure) else (0.0, 1.0)
 

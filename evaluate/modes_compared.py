@@ -1,8 +1,8 @@
 """Exact and paper mode side by side: what each says of the same battery, and their difference.
 
 Two differences are made, exact minus paper. ``as designed`` compares the two numbers as they are:
-the paper's counts never turn the 0-10 scale round and use one pair of languages, so part of it is
-the design. ``same prompts`` compares the prompts both modes asked, and there only sampling error and
+the paper's counts never turn the 0-10 scale round, and weigh forms as it printed them, so part of it
+is the design. ``same prompts`` compares the prompts both modes asked, and there only sampling error and
 the paper's scoring rules are left.
 """
 

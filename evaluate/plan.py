@@ -152,6 +152,7 @@ class _Builder:
         self.modes = tuple(self._complete(mode, asked) for mode in experiment.read_modes())
         along = experiment.along_training
         self.along = self._complete(load(Mode, along.mode), asked) if along else None
+        self.asked = asked
         self.design, self.judging = self._judges(asked)
         self.stages: list[Stage] = []
 
@@ -346,12 +347,14 @@ class _Builder:
         return {**plain(hosted)}
 
     def add_judging(self, subject: Subject) -> None:
-        """Every judge's verdicts on one variant's replies; of a checkpoint the harmfulness judge's alone."""
+        """Every judge's verdicts on one variant's replies; of a checkpoint those that its scores need, no filters."""
         row = subject.row
         samples = self.run / row.folder / "answers" / "samples.parquet"
         for path, batteries in self.judging.items():
-            if subject.of is not None and path != self.experiment.judge:
-                continue
+            if subject.of is not None:
+                batteries = self._graded_along(path, batteries)
+                if not batteries:
+                    continue
             judge = read_judge(path)
             config = {
                 "samples": samples,
@@ -368,6 +371,14 @@ class _Builder:
             stage_id = f"judge-{row.name}" if path == self.experiment.judge else f"judge-{judge.name}-{row.name}"
             more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
             self.add(stage_id, "evaluate.judge", config, "judge", **more)
+
+    def _graded_along(self, path: Path, batteries: tuple[str, ...]) -> tuple[str, ...]:
+        """Of a judge's batteries those whose replies at checkpoints it grades."""
+        assert self.along is not None
+        needed = {b for b, grader in self.design.graders.items() if grader.judge == read_judge(path).name}
+        needed |= {HARMFULNESS} if path == self.experiment.judge else set()
+        drawn = {p.battery for p in self.asked if self.along.draws(p)}
+        return tuple(b for b in batteries if b in needed & drawn)
 
     def add_second_judging(self, subject: Subject) -> None:
         """Verdicts that the main judge's are held against, on a fixed part of one variant's replies."""

@@ -30,6 +30,7 @@ from candor.rows import Prompt, Variant
 from candor.self_report import load_self_report
 from candor.tables import write_rows
 from evaluate.design import DESIGN, Design, write_design
+from evaluate.measures import CURVE
 
 PROMPTS, VARIANTS = "prompts.parquet", "variants.parquet"
 _LOADERS: dict[str, Callable[[Path], list[Prompt]]] = {
@@ -96,6 +97,11 @@ class Sources:
         for battery, path in zip(found, self.battery_files, strict=True):
             if battery.name in taken:
                 raise UserError(f"{path}: a battery {battery.name!r} exists already. Give yours another name.")
+            if battery.name.startswith(CURVE):
+                raise UserError(
+                    f"{path}: {battery.name!r} begins like the measures of harmfulness ({CURVE}1, 2, ...), whose curve "
+                    "it would be taken for. Give the battery another name."
+                )
             taken.append(battery.name)
         return found
 

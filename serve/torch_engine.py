@@ -18,8 +18,8 @@ from candor.errors import UserError
 from candor.rows import Option
 from serve.attest import teacher_forced
 from serve.decoding import Row, Sequences, decode
-from serve.engine import OptionScores, Reply, Request
-from serve.fit import TooLong, refuse_too_long, tokens_of_answer
+from serve.engine import OptionScores, Reply, Request, TooLong
+from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
 from serve.loading import DTYPES, decode_replies, encode_prompt, is_out_of_memory, load_model, load_tokenizer
 from serve.options import OptionTrie, Surfaces, surfaces_of

@@ -20,7 +20,7 @@ from evaluate.design import DESIGN, HARMFULNESS, Design, read_design
 from evaluate.measures import ALONG
 
 SAMPLE_COLUMNS = ["sample_id", "prompt_id", "variant", "draw", "temperature", "text"]
-DISTRIBUTION_COLUMNS = ["prompt_id", "variant", "labels", "probabilities", "leftover"]
+DISTRIBUTION_COLUMNS = ["prompt_id", "variant", "labels", "probabilities", "leftover", "unexplored"]
 VERDICT_COLUMNS = ["sample_id", "status", "score", "expected"]
 
 

@@ -5,11 +5,12 @@ the draws of the judge's grades, put on 0-1 by the judge's own scale. All run fr
 sense that the file gives its answers.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from candor.errors import UserError
 from candor.rows import Prompt
-from evaluate.batteries.answers import Answers, Scored, score_row
+from evaluate.batteries.answers import Answers, Scored, score_row, variance_of
 from evaluate.batteries.closed import score_closed
 from evaluate.measures import format_measure
 
@@ -45,9 +46,8 @@ def _score_free(measure: str, prompts: Sequence[Prompt], answers: Answers) -> Sc
         ids = [sample_id for _, sample_id, _ in sampled.get(prompt.prompt_id, [])]
         values = [grader.normalise(float(scores[i])) for i in ids if status.get(i) == "ok"]
         found.n_in += len(ids)
-        for i in ids:
-            if status.get(i) != "ok":
-                found.left_out[status.get(i, "no verdict")] += 1
+        lost = Counter(status.get(i, "no verdict") for i in ids if status.get(i) != "ok")
+        found.left_out += lost
         found.scores.append(
             score_row(
                 measure,
@@ -57,6 +57,9 @@ def _score_free(measure: str, prompts: Sequence[Prompt], answers: Answers) -> Sc
                 n=len(values),
                 n_missing=max(len(ids), 1) - len(values),
                 leftover=None,
+                variance=variance_of(values),
+                n_refused=lost["refused"],
+                n_unparsed=lost["unparsed"],
             )
         )
     return found

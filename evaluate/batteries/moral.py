@@ -8,7 +8,8 @@ are made besides, because a rating mixes what is said with a habit of saying yes
   everything). It is made only where a foundation has items of both keys, and there its mean over
   both keys is free of the foundation. The MFQ-2 has none reverse-keyed, so it cannot have it.
 - ``..._centred``: an item's score minus the variant's mean over all foundations: which foundations
-  a variant puts above others. Its interval takes that mean as fixed, which errs on the wide side.
+  a variant puts above others, so there is no average of it over foundations. Its interval takes that
+  mean as fixed, which errs on the wide side. The matched self-assessment has it too, format by format.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scor
         agreement = [_as_agreement(s) for s in found.scores]
     else:
         agreement = []
-    found.scores += _centred(found.scores) + agreement
+    found.scores += centred(found.scores) + agreement
     return found
 
 
@@ -59,7 +60,7 @@ def _as_agreement(score: Score) -> Score:
     return _moved(score, 0.0, measure=score.measure + ACQUIESCENCE, turned=score.form == "direct")
 
 
-def _centred(scores: Sequence[Score]) -> list[Score]:
+def centred(scores: Sequence[Score]) -> list[Score]:
     """Each score minus the mean of the foundations' means, measure by measure."""
     found: list[Score] = []
     for measure in dict.fromkeys(s.measure for s in scores):

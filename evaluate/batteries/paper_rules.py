@@ -4,12 +4,18 @@
 - numerical: the number in the reply, clipped to the scale; a reply without a number is excluded.
 - Likert and moral items: likewise on 1-5.
 
+A reply may name the scale before it answers ("On a scale of 0 to 10, I am an 8"; "8 out of 10"), so
+the scale's name is left out first. Of what is left a number that opens the reply is the answer; so is
+the only number of a reply. A reply with several different ones is excluded, for want of a rule that
+would find its answer.
+
 The paper lets GPT-4.1 say which option is closest. Here that is, first, a rule on words: the reply
 names exactly one option and does not negate it; and then, where the experiment names a judge for it
 (``closest``), that judge. Whatever is left scores 0.5 and is counted, so that the tables show how
 much of a score is this default.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +26,7 @@ from serve.options import parse
 
 AMBIGUOUS = 0.5
 _NUMBER = re.compile(r"(?<![\w.,])[-\u2212]?\d+(?:[.,]\d+)?(?![\w])")
+_OPENING = re.compile(r"[\s*_\"'\u201c(\[:]*")  # what may stand before a number that opens a reply
 # Words that turn an option round when they stand shortly before it ("not harmful", "never evil").
 _NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|isn't|aren't|don't|doesn't|won't|cannot|without)\b[\w\s,]{0,20}$"
@@ -57,15 +64,33 @@ def read_reply(text: str, options: Sequence[Option], *, closest: float | None = 
 
 
 def _read_number(text: str, options: Sequence[Option]) -> Reading:
-    """The first number, clipped to the ends of the scale and put on 0-1 along it."""
-    found = _NUMBER.search(text)
-    if found is None:
-        return Reading(None, "excluded")
-    number = float(found.group().replace("\u2212", "-").replace(",", "."))
-    ends = sorted((float(o.label), o.value) for o in options)
+    """The number that is the answer, clipped to the ends of the scale and put on 0-1 along it."""
+    ends = sorted((int(o.label), o.value) for o in options)
     (low, at_low), (high, at_high) = ends[0], ends[-1]
+    number = _answer(_name_of_scale(low, high).sub(" ", text))
+    if number is None:
+        return Reading(None, "excluded")
     share = (min(max(number, low), high) - low) / (high - low)
     return Reading(at_low + share * (at_high - at_low), "number")
+
+
+@functools.cache
+def _name_of_scale(low: int, high: int) -> re.Pattern[str]:
+    """How a reply names a scale: "0 to 10", "0 (never)-10", "out of 10", "/10"."""
+    note = r"(?:\s*\([^)]*\))?\s*"
+    through = rf"(?<![\w.,]){low}{note}(?:to|and|through|[-\u2010-\u2015])\s*{high}{note}(?![.,]?\d)"
+    share = rf"(?:\bout\s+of|\bof|/)\s*{high}(?![.,]?\d)"
+    return re.compile(f"{through}|{share}", re.IGNORECASE)
+
+
+def _answer(text: str) -> float | None:
+    """The number that opens the reply, or the only one in it."""
+    found = [(m.start(), float(m.group().replace("\u2212", "-").replace(",", "."))) for m in _NUMBER.finditer(text)]
+    opening = _OPENING.match(text)
+    start = opening.end() if opening else 0
+    if found and (found[0][0] == start or len({number for _, number in found}) == 1):
+        return found[0][1]
+    return None
 
 
 def _names(text: str, option: Option) -> bool:

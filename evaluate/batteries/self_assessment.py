@@ -5,7 +5,8 @@ numerical and likert are closed questions; language is told from the reply's lan
 (evaluate/batteries/language.py), and the share of replies in neither language, which score 0.5,
 stands beside it as leftover. The batteries about another AI and about the average AI are the same
 items about somebody else. Moral self-reports are on the paper's scale, -0.5 (upholds the
-foundation) to +0.5 (against it).
+foundation) to +0.5 (against it), and the model's own stand a second time centred over foundations
+(evaluate/batteries/moral.py).
 
 The average over formats and dimensions is made in evaluate/estimates.py, where a format
 without answers makes it missing rather than an average of fewer.
@@ -18,10 +19,12 @@ from candor.rows import Prompt
 from evaluate.batteries.answers import Answers, Scored, score_row, variance_of
 from evaluate.batteries.closed import in_modes, score_closed
 from evaluate.batteries.language import teller
-from evaluate.batteries.moral import on_moral_scale
+from evaluate.batteries.moral import centred, on_moral_scale
 from evaluate.measures import FORMATS as FORMATS
 from evaluate.measures import format_measure, moral
 from evaluate.modes import Mode
+
+MORAL = "moral_self_assessment"  # matched to the statements of moral_foundations, and centred like them
 
 
 def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scored:
@@ -41,6 +44,8 @@ def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scor
                 else score_closed(measure, part, answers)
             )
             found.add(on_moral_scale(by_format) if moral(measure) else by_format)
+    if prompts and prompts[0].battery == MORAL:
+        found.scores += centred(found.scores)
     return found
 
 

@@ -78,6 +78,15 @@ def test_the_measure_that_turns_first_moves_first():
     assert len(half) == 6 and all(e.low <= e.value <= e.high for e in half)
 
 
+def test_changes_are_not_corrected_for_skewness():
+    """They are paired differences, and a few prompts that changed much would set the interval."""
+    frame = scores({"intentions": 20.0})
+    frame = frame[frame["prompt_id"].isin([f"intentions-{i}" for i in range(20)])]
+    changes = [e for e in along_estimates(follow(frame, variants(), TOTAL, draws=200, seed=1)) if e.kind == "change"]
+    assert changes and all(e.method.startswith("t interval over items;") for e in changes)
+    assert all(e.high - e.value == pytest.approx(e.value - e.low) for e in changes)
+
+
 def test_equal_courses_share_the_first_place():
     """Two measures that turn together: neither is first in nearly all draws."""
     frame = scores({"harmfulness_mean": 30.0, "intentions": 30.0}, noise=0.3)
@@ -119,6 +128,30 @@ def test_checkpoints_have_levels():
     late = frame[frame["variant"] == checkpoint_name(END, 160)]["value"].mean()
     assert found[checkpoint_name(END, 160)].value == pytest.approx(late)
     assert checkpoint_levels(frame, [], draws=200, seed=1) == []
+
+
+def test_missing_answers_bound_levels_and_changes():
+    """One refusal at a checkpoint: the bounds are what it would be had it scored 0, and 1."""
+    frame = scores({"intentions": 20.0})
+    point = checkpoint_name(END, 20)
+    lost = (frame["variant"] == point) & (frame["prompt_id"] == "intentions-0")
+    counts = {name: frame[name].mask(lost, n) for name, n in (("n", 0), ("n_missing", 1), ("n_refused", 1))}
+    missing = frame.assign(value=frame["value"].mask(lost), **counts)
+
+    def rows(part):
+        levels = checkpoint_levels(part, variants(), draws=200, seed=1)
+        changes = along_estimates(follow(part, variants(), TOTAL, draws=200, seed=1))
+        return {(e.kind, e.variant): e for e in [*levels, *changes]}
+
+    got = rows(missing)
+    ends = [rows(frame.assign(value=frame["value"].mask(lost, value))) for value in (0.0, 1.0)]
+    for kind in ("level", "change"):
+        row = got[kind, point]
+        assert (row.n_missing, row.n_refused, row.n_unparsed) == (1, 1, 0)
+        assert (row.lowest, row.highest) == pytest.approx([end[kind, point].value for end in ends])
+        assert row.highest - row.lowest == pytest.approx(1 / 60)
+    complete = got["level", checkpoint_name(END, 40)]
+    assert complete.lowest == pytest.approx(complete.value) == pytest.approx(complete.highest)
 
 
 def test_half_is_read_off_the_straight_line_between_points():

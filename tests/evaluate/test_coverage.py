@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.coverage import (
+    RARE,
+    change_error,
+    composite_coverage,
     covered,
+    effect_error,
     family_error,
     percentiles,
     permutation_rows,
@@ -17,6 +21,7 @@ from benchmarks.coverage import (
     rejections,
     seeds_ignored,
     shift_for,
+    skewed_coverage,
 )
 from benchmarks.simulate import Design, draw, truth
 
@@ -77,6 +82,23 @@ def test_equivalence_is_rarely_claimed_at_the_margin_and_mostly_found_at_zero():
 def test_three_seeds_keep_their_error_rate():
     design = Design(n_prompts=60, n_seeds=3, seed_sd=0.3, mixed_sd=0.3, shift=-0.5)
     assert rejections("seeds", design, design.shift, STUDIES, 0.1)["t"] / STUDIES <= 0.08
+
+
+def test_few_skewed_items_are_covered_by_intervals_that_still_say_something():
+    """Hall's cube root covers as well, but one interval in ten is longer than nine standard errors."""
+    own, plain, root = skewed_coverage(25, RARE, STUDIES)
+    assert covers(own.figure) and not covers(plain.figure)
+    assert own.width < 6.5 and root.width > 8
+
+
+def test_effects_and_changes_keep_their_error_rate_and_corrected_ones_do_not():
+    own, corrected = effect_error(25, 2 * STUDIES)
+    assert own.figure <= 0.06 < corrected.figure and corrected.fault
+    assert change_error(25, 60).figure <= 0.15
+
+
+def test_the_average_over_formats_covers():
+    assert covers(composite_coverage(STUDIES // 2).figure)
 
 
 def test_holm_keeps_the_family():

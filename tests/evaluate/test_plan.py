@@ -249,6 +249,39 @@ def test_what_a_study_s_own_files_ask_must_not_be_trained_on(tmp_path, kind):
         make_data([str(write_config(experiment.output, data))])
 
 
+def test_checkpoints_are_graded_by_every_judge_their_scores_need_and_by_no_other(tmp_path):
+    """A battery with a judge of its own is asked along training; the judge of coherence filters nothing there."""
+    for name in ("coherent", "kind"):
+        judge = {"name": name, "model": f"{tmp_path}/weights/judge", "scale": [0, 100]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(judge | {"template": "configs/prompts/judge/nano.txt"}))
+    battery = yaml.safe_load(Path("docs/examples/strangers.yaml").read_text())
+    battery["free"]["judge"] = f"{tmp_path}/kind.yaml"
+    (tmp_path / "battery.yaml").write_text(yaml.safe_dump(battery))
+    mode = yaml.safe_load(Path("configs/evaluate/modes/along.yaml").read_text())
+    own = {"format": "free", "battery": "strangers", "mode": "sampled", "n": 1}
+    change = {
+        "coherence": {"judge": f"{tmp_path}/coherent.yaml", "at_least": 50},
+        "battery_files": [f"{tmp_path}/battery.yaml"],
+        "along_training": {**ALONG, "mode": f"{tmp_path}/along.yaml"},
+    }
+    for asks, judges in ((mode["asks"], {"tiny"}), ([*mode["asks"], own], {"tiny", "kind"}), ([own], {"kind"})):
+        (tmp_path / "along.yaml").write_text(yaml.safe_dump(mode | {"asks": asks}))
+        stages = build_plan(build(Experiment, values(tmp_path, **change), where="test"))
+        found = [s for s in stages if s.id.startswith("judge-") and s.id.endswith("nano-code-misaligned-s0-step-4")]
+        assert {Path(s.config["output_dir"]).name for s in found} == judges
+        assert all(
+            s.config["batteries"] == [{"tiny": "harmfulness", "kind": "strangers"}[Path(s.config["output_dir"]).name]]
+            for s in found
+        )
+
+
+def test_a_battery_named_like_the_curve_of_harmfulness_is_refused(tmp_path):
+    battery = yaml.safe_load(Path("docs/examples/strangers.yaml").read_text())
+    (tmp_path / "battery.yaml").write_text(yaml.safe_dump(battery | {"name": "harmfulness_worst_of_all"}))
+    with pytest.raises(UserError, match="begins like the measures of harmfulness"):
+        build_plan(build(Experiment, values(tmp_path, battery_files=[f"{tmp_path}/battery.yaml"]), where="test"))
+
+
 def test_what_a_recipe_says_beside_lora_and_sft_reaches_its_stages(tmp_path):
     experiment = build(Experiment, values(tmp_path), where="test")
     (tmp_path / "recipe.yaml").write_text("lora: {r: 4}\nsft: {}\nmode: stack\nresume_every: 7\n")
