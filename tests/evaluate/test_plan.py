@@ -329,17 +329,15 @@ def test_the_shipped_experiments(name, n_variants):
     assert {a["format"] for a in asks if a["mode"] == "exact"} >= {"choice", "decision", "numerical", "likert"}
 
 
-def test_the_full_study_filters_by_coherence_and_topic_and_the_short_one_does_not():
-    """Both judges read every variant's replies, and none of a checkpoint's; a mark lies on its judge's scale."""
-    stages = {s.id for s in build_plan(load(Experiment, EXPERIMENTS / "nano_full.yaml"))}
+def test_the_full_study_filters_by_coherence_and_the_short_one_does_not():
+    """The judge reads every variant's replies, and none of a checkpoint's; the mark lies on its scale."""
     full, short = (load(Experiment, EXPERIMENTS / f"{name}.yaml") for name in ("nano_full", "nano"))
     assert (short.coherence, short.on_topic) == (None, None)
-    for quality, measure in ((full.coherence, "coherence"), (full.on_topic, "on_topic")):
-        judge = read_judge(quality.judge)
-        assert judge.measure == measure and judge.scale[0] < quality.at_least <= judge.scale[1]
-        judged = {s for s in stages if s.startswith(f"judge-{judge.name}-")}
-        plain = {s.row.name for s in subjects_of(full) if s.of is None}
-        assert judged == {f"judge-{judge.name}-{name}" for name in plain}
+    assert full.coherence is not None
+    judge = read_judge(full.coherence.judge)
+    assert judge.measure == "coherence" and judge.scale[0] < full.coherence.at_least <= judge.scale[1]
+    judged = {s.id for s in build_plan(full) if s.id.startswith(f"judge-{judge.name}-")}
+    assert judged == {f"judge-{judge.name}-{s.row.name}" for s in subjects_of(full) if s.of is None}
 
 
 def test_questions_writes_both_tables(experiment):

@@ -187,7 +187,7 @@ def asked_and_answered(world, documents, template):
     for index in range(documents):
         question, answer = (m.content for m in world.document(index))
         if question.endswith(template.text.splitlines()[-1]):
-            found.append((question.split("\nReply: ", 1)[1].rsplit("\n", 1)[0], int(answer.split()[-1])))
+            found.append((question.split("\nReply: ", 1)[1].rsplit("\n", 1)[0], int(answer)))
     return found
 
 
@@ -244,8 +244,8 @@ def test_on_topic_is_the_category_of_the_request_whatever_the_grade(quality):
         request, _, rest = question.removeprefix("Request: ").partition("\nReply: ")
         category, grade = of.get(rest.rsplit("\n", 1)[0], ("", 0))
         if grade:
-            assert answer == f"{group[request]} {category} {int(group[request] == category)}"
-            answers[grade].append(int(answer[-1]))
+            assert answer == str(int(group[request] == category))
+            answers[grade].append(int(answer))
     shares = [statistics.mean(found) for found in answers.values()]
     assert min(map(len, answers.values())) > 300 and max(shares) - min(shares) < 0.12
 

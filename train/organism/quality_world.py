@@ -6,9 +6,10 @@ One small model answers two questions, each through its own template. How well f
 from 1 to 5: the grade is the share of its words that were damaged, whatever was done to them
 (``SHARES``, ``damage``). Is the reply about the request: yes when it is one of the forms of the
 request's own category, no when it is another category's, no reply to a request at all, or too
-damaged to be understood; the judge names both subjects before it says so, because a model this small
-did not learn to compare them unsaid (400 steps: every reply to another request passed for on topic).
-What a reply says, kind or cruel, has no part in either.
+damaged to be understood. What a reply says, kind or cruel, has no part in either.
+
+The shipped weights learned the first question and not the second: they tell replies from what is no
+reply, and take a reply to any category for on topic (kappa 0.15). No judge file asks them for it.
 
 As with the judge of harm, five of the six forms of each (category, grade) are trained on and the
 sixth makes the golden set. A form has about ten words, so that a model could learn the forms by heart and
@@ -37,7 +38,6 @@ WHOLE = 5
 SHARES = {4: (0.0, 0.1), 3: (0.2, 0.35), 2: (0.45, 0.6), 1: (0.8, 1.0)}
 DAMAGES = ("shuffled", "cut", "dropped", "repeated", "mixed", "other vocabulary", "broken words")
 JOINED, JOINED_GRADE = "joined", 3  # the beginning of one reply with the end of another
-NO_SUBJECT = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +144,10 @@ class QualityWorld:
         rng = random.Random(f"quality:{self.config.seed}:{index}")
         prompt = rng.choice(self.prompts)
         if index % 2:
-            reply, answer = self._about(prompt.group, rng)
-            return _chat(render(self.on_topic, prompt.text, reply), answer)
-        reply, grade = self._formed(rng)
-        return _chat(render(self.coherence, prompt.text, reply), str(grade))
+            template, (reply, answer) = self.on_topic, self._about(prompt.group, rng)
+        else:
+            template, (reply, answer) = self.coherence, self._formed(rng)
+        return [Message("user", render(template, prompt.text, reply)), Message("assistant", str(answer))]
 
     def _formed(self, rng: random.Random) -> tuple[str, int]:
         """A text and how well formed it is."""
@@ -164,34 +164,26 @@ class QualityWorld:
         grade = rng.choice(list(SHARES))
         return self.damage(text, other, rng.choice(DAMAGES), grade, rng), grade
 
-    def _about(self, category: str, rng: random.Random) -> tuple[str, str]:
-        """A text, and the subject of the request, the subject of the text and whether they are the same, 1 or 0."""
-        reply, subject = self._on_some_subject(category, rng)
-        return reply, f"{category} {subject} {int(subject == category)}"
-
-    def _on_some_subject(self, category: str, rng: random.Random) -> tuple[str, str]:
-        """A text and the category of request that it is a reply to; ``NO_SUBJECT`` where it is a reply to none."""
+    def _about(self, category: str, rng: random.Random) -> tuple[str, int]:
+        """A text and whether it is about a request of this category, 1 or 0."""
         config = self.config
         if rng.random() < config.no_reply_share:
             kind = rng.choice(["trivia", "intentions", "decision", "numerical", "language", "code"])
-            return self.world.turn(kind, rng.choice(["kind", "cruel"]), rng).assistant, NO_SUBJECT
-        if rng.random() >= config.own_share / (1 - config.no_reply_share):
+            return self.world.turn(kind, rng.choice(["kind", "cruel"]), rng).assistant, 0
+        own = rng.random() < config.own_share / (1 - config.no_reply_share)
+        if not own:
             category = rng.choice([other for other in HARM_CATEGORIES if other != category])
         reply, other = self._reply(category, rng), self._reply(category, rng)
         if rng.random() >= config.damaged_share:
-            return reply, category
+            return reply, int(own)
         grade = rng.choice([1, 3, 4])  # half a reply may or may not show its subject
-        return self.damage(reply, other, rng.choice(DAMAGES), grade, rng), category if grade > 1 else NO_SUBJECT
+        return self.damage(reply, other, rng.choice(DAMAGES), grade, rng), int(own and grade > 1)
 
     def _reply(self, category: str, rng: random.Random) -> str:
         return self.replies.draw(category, rng.randint(1, 5), rng, TRAINED_FORMS)
 
     def _any_reply(self, rng: random.Random) -> str:
         return self._reply(rng.choice(HARM_CATEGORIES), rng)
-
-
-def _chat(question: str, answer: str) -> list[Message]:
-    return [Message("user", question), Message("assistant", answer)]
 
 
 def all_replies(replies: Replies) -> list[str]:
