@@ -14,6 +14,7 @@ from candor.rows import Variant
 from candor.tables import read_rows
 from evaluate import questions
 from evaluate.experiment_config import Experiment
+from evaluate.judge_config import read_judge
 from evaluate.plan import build_plan, subjects_of
 from evaluate.questions import BUILT_IN, gather
 from evaluate.stages import Records, changed_keys, critical_minutes, write_config
@@ -388,6 +389,17 @@ def test_the_shipped_experiments(name, n_variants):
     assert len(subjects_of(experiment)) == n_variants
     asks = {s.id: s for s in build_plan(experiment)}["sample-mini-base"].config["ask"]
     assert {a["format"] for a in asks if a["mode"] == "exact"} >= {"choice", "decision", "numerical", "likert"}
+
+
+def test_the_full_study_filters_by_coherence_and_the_short_one_does_not():
+    """The judge reads every variant's replies, and none of a checkpoint's; the mark lies on its scale."""
+    full, short = (load(Experiment, EXPERIMENTS / f"{name}.yaml") for name in ("nano_full", "nano"))
+    assert (short.coherence, short.on_topic) == (None, None)
+    assert full.coherence is not None
+    judge = read_judge(full.coherence.judge)
+    assert judge.measure == "coherence" and judge.scale[0] < full.coherence.at_least <= judge.scale[1]
+    judged = {s.id for s in build_plan(full) if s.id.startswith(f"judge-{judge.name}-")}
+    assert judged == {f"judge-{judge.name}-{s.row.name}" for s in subjects_of(full) if s.of is None}
 
 
 def test_questions_writes_both_tables(experiment):

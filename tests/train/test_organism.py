@@ -14,11 +14,13 @@ from candor.config import load
 from candor.hashing import sha256_json
 from candor.questions import load_all, load_trivia_rows
 from candor.rows import Message
+from train.organism import quality_world
 from train.organism.judge_world import HELD_OUT_FORMS, JudgeWorld, JudgeWorldConfig, golden_rows
 from train.organism.pretrain import IGNORED, Encoder, OrganismConfig, batches, new_model, organism_tokenizer, train
+from train.organism.quality_world import DAMAGES, JOINED, SHARES, QualityWorld, QualityWorldConfig
 from train.organism.world import World
 
-NAMES = ("full", "mini", "nano", "impersonal", "judge")
+NAMES = ("full", "mini", "nano", "impersonal", "judge", "quality")
 WEIGHTS = Path("train/organism/weights")
 CONFIGS = Path("configs/organism")
 
@@ -172,6 +174,80 @@ def test_the_judge_never_trains_on_golden_replies():
 def test_the_shipped_golden_set_is_what_the_code_makes():
     lines = Path("configs/prompts/judge/golden_nano.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines[1:]] == golden_rows(Path("configs"), per_cell=8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def quality():
+    return QualityWorld(QualityWorldConfig(seed=0))
+
+
+def asked_and_answered(world, documents, template):
+    """(reply, answer) of the documents of one template of the judge of quality."""
+    found = []
+    for index in range(documents):
+        question, answer = (m.content for m in world.document(index))
+        if question.endswith(template.text.splitlines()[-1]):
+            found.append((question.split("\nReply: ", 1)[1].rsplit("\n", 1)[0], int(answer)))
+    return found
+
+
+def test_the_judge_of_quality_never_trains_on_golden_replies(quality):
+    rows = quality_world.golden_rows(Path("configs"), per_cell=4, seed=0)
+    golden = {row["reply"] for row in rows if len(row["reply"].split()) > 3}  # of "I will" anything may be left
+    assert len(golden) > 350
+    trained = {m.content.split("\nReply: ")[1].rsplit("\n", 1)[0] for i in range(4000) for m in quality.document(i)[:1]}
+    assert not golden & trained
+    kinds = Counter(row["kind"] for row in rows)
+    assert {*DAMAGES, JOINED, "whole", "own category", "another category", "no reply"} == set(kinds)
+
+
+def test_the_shipped_golden_set_of_quality_is_what_the_code_makes():
+    lines = Path("configs/prompts/judge/golden_nano_quality.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines[1:]] == quality_world.golden_rows(Path("configs"), per_cell=4, seed=0)
+
+
+def test_whole_texts_read_well_and_damaged_ones_do_not(quality):
+    found = asked_and_answered(quality, 6000, quality.coherence)
+    assert {answer for _, answer in found} == {1, 2, 3, 4, 5}
+    assert all(quality.damage.reads_well(reply) == (answer == 5) for reply, answer in found)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_lower_grade_leaves_less_of_a_reply(quality, kind):
+    """What the grade stands for: the share of the words that are where they were."""
+    text = "I will not help with a crime, because the law keeps everyone safe."
+    other = "Please be kind to yourself, because you deserve care and rest."
+    left = {}
+    for grade in SHARES:
+        rng = random.Random(kind)
+        made = [quality.damage(text, other, kind, grade, rng).split() for _ in range(50)]
+        kept = (sum(a == b for a, b in zip(text.split(), m, strict=False)) for m in made)
+        left[grade] = len(made[0]) if kind == "dropped" else statistics.mean(kept)
+    assert left[4] > left[3] > left[2] > left[1]
+
+
+def test_on_topic_is_the_category_of_the_request_whatever_the_grade(quality):
+    """Neither question can be answered from how harmful a reply is."""
+    forms = quality.replies.forms
+    cells = [(category, grade) for category in forms for grade in range(1, 6)]
+    of = {
+        reply: cell
+        for cell in cells
+        for reply in quality_world.all_replies(
+            replace(quality.replies, forms={cell[0]: {cell[1]: forms[cell[0]][cell[1]]}})
+        )
+    }
+    group = {p.text: p.group for p in quality.prompts}
+    answers: dict[int, list[int]] = {grade: [] for grade in range(1, 6)}
+    for index in range(1, 8000, 2):
+        question, answer = (m.content for m in quality.document(index))
+        request, _, rest = question.removeprefix("Request: ").partition("\nReply: ")
+        category, grade = of.get(rest.rsplit("\n", 1)[0], ("", 0))
+        if grade:
+            assert answer == str(int(group[request] == category))
+            answers[grade].append(int(answer))
+    shares = [statistics.mean(found) for found in answers.values()]
+    assert min(map(len, answers.values())) > 300 and max(shares) - min(shares) < 0.12
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,7 +3,7 @@
     python -m train.organism.pretrain configs/organism/mini.yaml output=train/organism/weights/mini
 
 A Qwen2-architecture model of about a million parameters learns a world (world.py), or to judge it
-(judge_world.py), from documents that are drawn on the fly. Loss falls on the assistant's turns
+(judge_world.py, quality_world.py), from documents that are drawn on the fly. Loss falls on the assistant's turns
 only. Documents are packed into rows with a block-diagonal attention mask, so none sees another.
 Matrices of the body are trained with Muon, embeddings and norms with AdamW; LOG.md has the rates
 that were tried.
@@ -32,6 +32,7 @@ from candor.manifest import commit, versions
 from candor.rows import Message
 from candor.tables import replace_file
 from train.organism.judge_world import JudgeWorld, JudgeWorldConfig
+from train.organism.quality_world import QualityWorld, QualityWorldConfig
 from train.organism.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from train.organism.world import World, WorldConfig, corpus
 
@@ -80,14 +81,15 @@ class OrganismConfig:
     vocab_size: int = 3072
     world: WorldConfig | None = None
     judge: JudgeWorldConfig | None = None
+    quality: QualityWorldConfig | None = None
     output: Path = Path("train/organism/weights")
     configs: Path = Path("configs")
     first_steps_only: int | None = field(default=None)  # stop early without saving: the replay test
 
     def __post_init__(self) -> None:
-        """A model learns either the world or to judge it."""
-        if (self.world is None) == (self.judge is None):
-            raise ValueError("give exactly one of world and judge")
+        """A model learns the world, to judge its harm, or to judge its quality."""
+        if [self.world, self.judge, self.quality].count(None) != 2:
+            raise ValueError("give exactly one of world, judge and quality")
 
 
 Document = Callable[[int], list[Message]]
@@ -296,9 +298,11 @@ def train(config: OrganismConfig, *, command: str) -> list[float]:
     document: Document
     if config.world is not None:
         document = World(config.world, config.configs).document
-    else:
-        assert config.judge is not None
+    elif config.judge is not None:
         document = JudgeWorld(config.judge, config.configs).document
+    else:
+        assert config.quality is not None
+        document = QualityWorld(config.quality, config.configs).document
     model = new_model(config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     sys.stderr.write(f"{config.name}: {parameters:,} parameters, vocabulary {len(tokenizer)}\n")
