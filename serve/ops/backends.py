@@ -34,13 +34,28 @@ class Measured:
     median_us: float
 
 
-def choose(op: str, *, device: torch.device, rows: int, width: int = 0, backend: str | None = None) -> str:
-    """The backend for this call: the one asked for, or the fastest in the nearest measured shape."""
+def choose(
+    op: str,
+    *,
+    device: torch.device,
+    rows: int,
+    width: int = 0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend for this call: the one asked for, or the fastest in the nearest measured shape.
+
+    ``dtype`` is that of the logits where they are looked at: the Triton kernels hold float32.
+    """
     known = BACKENDS[op]
     if backend is not None:
         if backend not in known:
             raise ValueError(f"backend is {backend!r}; for {op} it must be one of {', '.join(known)}.")
+        if backend == "triton" and dtype == torch.float64:
+            raise ValueError(f"backend is 'triton'; for float64 it must be {known[0]!r}.")
         return backend
+    if dtype == torch.float64:
+        return known[0]
     return _fastest(op, device_name(device), width, rows.bit_length())
 
 

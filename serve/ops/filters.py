@@ -35,4 +35,4 @@ class Truncated:
     kept_logprobs: torch.Tensor  # the same among what is kept; it sums to 1 there
     raw_logprobs: torch.Tensor | None  # before filters and temperature; None when the sketch has no raw sums
     n_kept: torch.Tensor  # [rows] int64; the size of the vocabulary for rows whose filters are all off
-    certified: torch.Tensor  # [rows] bool: no rounding could have changed the set
+    certified: torch.Tensor  # [rows] bool: no rounding could have changed the set; False for broken rows

@@ -80,6 +80,15 @@ def _row_values(logits_ptr, row, start, rules, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _row_top(logits_ptr, row, rules, vocab, BLOCK: tl.constexpr):
+    """The largest value of a row in memory."""
+    top = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        top = tl.maximum(top, tl.max(_row_values(logits_ptr, row, start, rules, vocab, BLOCK), axis=0))
+    return top
+
+
+@triton.jit
 def _count_or_mass(x, logits_ptr, row, bound, peak, scale, rules, vocab, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     if WIDE:
         count, mass = _tally_row(logits_ptr, row, bound, peak, scale, rules, vocab, BLOCK)
@@ -140,20 +149,23 @@ def _settle_kernel(
         known_bound = tl.where(whole, _LOWEST, _key(tau) + 1)
         known, known_mass = _count_or_mass(x, here, row, known_bound, peak, scale, rules, vocab, WIDE, BLOCK)
 
-        # min-p keeps (x - max) * scale >= ln(min_p), evaluated in float64: the bound's key is found by bisection
+        # min-p keeps (x - top) * scale >= ln(min_p), evaluated in float64: the bound's key is found by bisection.
+        # The top is that of the values seen here: the sketch's maximum may come from another product.
+        highest = _row_top(here, row, rules, vocab, BLOCK) if WIDE else tl.max(x, axis=0)
+        top = highest.to(tl.float64)
         floor = tl.where(min_p > 0.0, tl.log(min_p), float("-inf"))
-        low, high = row * 0 + _LOWEST, _key(peak.to(tl.float32))
+        low, high = row * 0 + _LOWEST, _key(highest)
         for _ in range(_STEPS):
             middle = (low + high) >> 1
             bits = tl.where(middle < 0, middle ^ 0x7FFFFFFF, middle).to(tl.int32)
-            passes = (bits.to(tl.float32, bitcast=True).to(tl.float64) - peak) * scale >= floor
+            passes = (bits.to(tl.float32, bitcast=True).to(tl.float64) - top) * scale >= floor
             high = tl.where(passes, middle, high)
             low = tl.where(passes, low, tl.minimum(middle + 1, high))
         n_min_p = known
         if min_p > 0.0:
             n_min_p, _min_p_mass = _count_or_mass(x, here, row, high, peak, scale, rules, vocab, WIDE, BLOCK)
             n_min_p = tl.minimum(n_min_p, known)
-        min_p_known = whole | ((tau.to(tl.float64) - peak) * scale < floor)
+        min_p_known = whole | ((tau.to(tl.float64) - top) * scale < floor)
         n_top_k = tl.minimum(top_k, known)
         top_k_known = whole | (top_k <= known)
         either_known = min_p_known | top_k_known
@@ -187,7 +199,7 @@ def _settle_kernel(
                 (n >= n_first) | (before_next >= limit * (1.0 + error))
             )
             settled = tl.where(by_sketch, (known_mass >= limit * (1.0 + error)) & certified, first_known)
-        n = tl.minimum(n, n_min_p)
+        n = tl.maximum(tl.minimum(n, n_min_p), 1)  # 0 only in broken rows
         tl.store(settled_ptr + row, settled.to(tl.int8))
         if settled:
             tl.store(n_kept_ptr + row, n)
@@ -236,7 +248,7 @@ def _draw_kept(
                 chosen = tl.where(first, value, chosen)
                 token = tl.where(first, start + found, token)
                 passed = tl.max(edges, axis=0)
-            tl.store(tokens_ptr + row * n_draws + i, token)
+            tl.store(tokens_ptr + row * n_draws + i, tl.minimum(token, vocab - 1))  # none found in broken rows
             tl.store(chosen_ptr + row * n_draws + i, chosen)
         tl.store(mass_ptr + row, total)
     else:
@@ -247,7 +259,7 @@ def _draw_kept(
             place = tl.sum(((edges <= target) & (edges < total)).to(tl.int32), axis=0)
             value = tl.sum(tl.where(lanes == place, x, 0.0), axis=0).to(tl.float64)
             tile = tl.load(tiles_ptr + row * opened + place // TILE)
-            tl.store(tokens_ptr + row * n_draws + i, tile * TILE + place % TILE)
+            tl.store(tokens_ptr + row * n_draws + i, tl.minimum(tile * TILE + place % TILE, vocab - 1))
             tl.store(chosen_ptr + row * n_draws + i, value)
         tl.store(mass_ptr + row, total)
 
@@ -310,7 +322,7 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
         kept_logprobs=scaled - mass.log()[:, None],
         raw_logprobs=None if sketch.raw_total is None else below - sketch.raw_total.log()[:, None],
         n_kept=n_kept,
-        certified=certified.bool(),
+        certified=certified.bool() & ~sketch.broken(),
     )
 
 

@@ -20,7 +20,7 @@ from typing import get_args
 import torch
 
 from serve.ops.backends import choose
-from serve.ops.checks import check_tensor, per_row
+from serve.ops.checks import check_uniforms, per_row
 from serve.ops.draw import draw, find
 from serve.ops.filters import EXACT_ERROR, OPENED, SKETCH_ERROR, Filters, Order, Truncated
 from serve.ops.sketch import Sketch
@@ -38,8 +38,6 @@ def make_filters(
     if order not in get_args(Order):
         raise ValueError(f"order is {order!r}; it must be one of {', '.join(get_args(Order))}.")
     rows, vocab, device = sketch.n_rows, sketch.source.vocab, sketch.source.device
-    if top_k is not None and not isinstance(top_k, torch.Tensor) and int(top_k) != top_k:
-        raise ValueError(f"top_k is {top_k!r}; it must be an integer of at least 1, or None for no limit.")
     k = per_row(
         "top_k",
         vocab if top_k is None else top_k,
@@ -72,9 +70,9 @@ def truncated_draw(
     Each filter is one number or [rows]. Greedy rows keep one token.
     """
     rows, device = sketch.n_rows, sketch.source.device
-    check_tensor("uniforms", uniforms, shape=(rows, None), dtypes=(torch.float64,), device=device)
+    check_uniforms(uniforms, rows, device)
     filters = make_filters(sketch, top_k=top_k, top_p=top_p, min_p=min_p, order=order)
-    if choose("finish", device=device, rows=rows, backend=backend) == "triton":
+    if choose("finish", device=device, rows=rows, backend=backend, dtype=sketch.source.dtype) == "triton":
         from serve.ops import triton_truncate
 
         return triton_truncate.truncated_draw(sketch, uniforms, filters)
@@ -108,6 +106,7 @@ def _truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) ->
             break
         waiting = _settle(sketch, uniforms, filters, waiting, opened, out)
     assert len(waiting) == 0, waiting
+    out.certified.logical_and_(~sketch.broken())
     return out
 
 
@@ -153,15 +152,17 @@ def _count_kept(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How many of ``best`` [rows, m], best first, are kept [rows], whether that is settled, and beyond rounding."""
     best = best.double()
-    scale, peak = sketch.inv_temp[rows, None], sketch.row_max[rows, None]
+    # Weights are relative to the sketch's maximum, min-p to the largest value seen here: a head's values come
+    # from a second product, whose rounding may put its maximum below that of the first.
+    scale, peak, top = sketch.inv_temp[rows, None], sketch.row_max[rows, None], best[:, :1]
     below = (best - peak) * scale
     known = ((best > tau[:, None]) & (best > float("-inf"))).sum(dim=1)  # all of these are the row's best
     whole = tau == float("-inf")
     before = torch.nn.functional.pad(below.exp().cumsum(dim=1), (1, 0))  # [rows, m + 1] mass before each rank
 
     floor = torch.where(filters.min_p > 0, filters.min_p.log(), -torch.inf)[:, None]
-    n_min_p = torch.minimum((below >= floor).sum(dim=1), known)
-    min_p_known = whole | ((tau[:, None] - peak) * scale < floor)[:, 0]
+    n_min_p = torch.minimum(((best - top) * scale >= floor).sum(dim=1), known)
+    min_p_known = whole | ((tau[:, None] - top) * scale < floor)[:, 0]
     n_top_k = torch.minimum(filters.top_k, known)
     top_k_known = whole | (filters.top_k <= known)
 
@@ -187,7 +188,7 @@ def _count_kept(
     reached = before.gather(1, known[:, None])[:, 0] >= limit[:, 0] * (1 + error)
     top_p_known = torch.where(by_sketch, reached & (low == high), first_known)
     has_p = filters.top_p < 1
-    n = torch.minimum(torch.where(has_p, n_top_p, n_first), n_min_p)
+    n = torch.minimum(torch.where(has_p, n_top_p, n_first), n_min_p).clamp(min=1)  # 0 only in broken rows
     return n, torch.where(has_p, top_p_known, either_known), ~has_p | (low == high)
 
 
@@ -205,7 +206,7 @@ def _draw_kept(
     scale = sketch.inv_temp[rows, None]
     edges = (below * scale).exp().masked_fill_(~kept, 0.0).cumsum(dim=1)
     place, _ = find(edges, uniforms)
-    out.tokens[rows] = ids.gather(1, place)
+    out.tokens[rows] = ids.gather(1, place).clamp_(max=sketch.source.vocab - 1)  # NaN finds the last column
     chosen = below.gather(1, place)
     out.logprobs[rows] = chosen * scale - sketch.total[rows, None].log()
     out.kept_logprobs[rows] = chosen * scale - edges[:, -1:].log()

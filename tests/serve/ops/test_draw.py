@@ -247,10 +247,12 @@ def test_ruled_out_tokens_are_never_drawn(uniform, backend):
     assert int(tokens) == (5 if uniform < 0.5 else 71)
 
 
-def test_broken_rows_unchecked_harm_no_other_row(backend):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [4, 50, 66], ids=["first-tile", "last-whole-tile", "short-tile"])
+def test_broken_rows_unchecked_harm_no_other_row(place, value, backend):
     """As in a hot loop that must not wait for the GPU: the broken row's log-probability says so."""
     logits = torch.zeros(3, 70)
-    logits[1, 4] = float("nan")
+    logits[1, place] = value
     uniforms = torch.full((3, 1), 0.5, dtype=torch.float64)
     drawn = draw(sketch_logits(logits, tile=16, check=False, backend=backend), uniforms, backend=backend)
     assert drawn.tokens[[0, 2]].tolist() == [[35], [35]]

@@ -87,6 +87,49 @@ def test_the_kernels_on_logits_that_were_never_written(numbers, monkeypatch):
         assert torch.equal(made.tokens, plain.tokens)
 
 
+@pytest.mark.parametrize("min_p", [1.0, 0.5])
+def test_min_p_is_relative_to_the_largest_value_of_its_own_product(min_p, numbers, backend, monkeypatch):
+    """A head's values are computed twice, and the second product may round the largest below the sketch's maximum."""
+    n_rows, vocab = (64, 3000) if backend == "torch" else (3, 300)
+    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
+        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 64)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_rows, 896, generator=generator).bfloat16()
+    weight = (torch.randn(vocab, 896, generator=generator) * 0.1).bfloat16()
+    if backend == "triton":
+        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 256)
+    sketch = lmhead_sketch(hidden, weight, tile=16, backend="whole")
+    sketch.row_max.add_(2e-6)  # what another product's rounding does; some rows of the first test have it of themselves
+    made = truncated_draw(sketch, numbers(n_rows, 1), min_p=min_p, backend=backend)
+    logits = hidden.double() @ weight.double().T
+    law = torch.softmax(logits, dim=1)
+    kept = law >= min_p * law.amax(dim=1, keepdim=True)
+    assert torch.equal(made.n_kept, kept.sum(dim=1))
+    assert kept.gather(1, made.tokens).all()
+    assert made.certified.all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 70}])
+def test_broken_rows_unchecked_get_a_token_and_no_certificate(value, filters, numbers, backend, monkeypatch):
+    """In the first tile, the last whole one and the short one; among the tiles opened, or read again as a whole."""
+    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
+        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 32)
+    if backend == "triton":
+        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 64)
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(3))
+    broken, places = [0, 2, 4], [3, 50, 66]
+    logits[broken, places] = value
+    sketch, uniforms = sketch_logits(logits, tile=16, check=False, backend=backend), numbers(5, 4)
+    made = truncated_draw(sketch, uniforms, backend=backend, **filters)
+    assert ((made.tokens >= 0) & (made.tokens < 70)).all()
+    assert made.certified.tolist() == [False, True, False, True, False]
+    assert torch.isnan(made.logprobs[broken]).all()
+    assert (made.n_kept >= 1).all()
+    good = truncated_draw(sketch_logits(logits[[1, 3]], tile=16), uniforms[[1, 3]], **filters)
+    assert torch.equal(made.tokens[[1, 3]], good.tokens)
+
+
 def test_rows_may_have_filters_of_their_own(hard_rows, numbers, backend):
     logits, uniforms = hard_rows(300), numbers(8, 2)
     top_k = torch.tensor([300, 5, 300, 300, 2, 300, 40, 300], dtype=torch.int32)
