@@ -8,6 +8,7 @@ plain torch version, which is the one that has been run everywhere.
 
 import csv
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def choose(
         return backend
     if dtype == torch.float64:
         return known[0]
-    return _fastest(op, device_name(device), width, rows.bit_length())
+    return _fastest(op, device_name(device), width, rows)
 
 
 @functools.cache
@@ -66,17 +67,23 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def _fastest(op: str, device: str, width: int, octave: int) -> str:
+def _fastest(op: str, device: str, width: int, rows: int) -> str:
     """The fastest backend at the measured (width, rows) nearest in octaves; cached, as it is asked at every step."""
-    found = [m for m in read_table() if m.op == op and m.device == device and m.backend in BACKENDS[op]]
+    found = [m for m in _table() if m.op == op and m.device == device and m.backend in BACKENDS[op]]
     if not found:
         return BACKENDS[op][0]
 
-    def distance(m: Measured) -> int:
-        return abs(m.rows.bit_length() - octave) + abs(m.width.bit_length() - width.bit_length())
+    def octaves(a: int, b: int) -> float:
+        return abs(math.log2(max(a, 1) / max(b, 1)))
 
-    nearest = min(distance(m) for m in found)
-    return min((m for m in found if distance(m) == nearest), key=lambda m: m.median_us).backend
+    # one shape, the smaller of two equally near: times of different shapes say nothing about backends
+    shape = min({(m.width, m.rows) for m in found}, key=lambda s: (octaves(s[0], width) + octaves(s[1], rows), s))
+    return min((m for m in found if (m.width, m.rows) == shape), key=lambda m: m.median_us).backend
+
+
+@functools.cache
+def _table() -> list[Measured]:
+    return read_table(TABLE)
 
 
 def read_table(path: Path = TABLE) -> list[Measured]:
