@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from serve.ops.filters import EXACT_ERROR, OPENED, SKETCH_ERROR, Filters, Truncated
+from serve.ops.filters import EXACT_ERROR, MARGIN, OPENED, SKETCH_ERROR, Filters, Truncated
 from serve.ops.rules import NO_RULES, Rules
 from serve.ops.sketch import Sketch
 from serve.ops.sources import LogitsSource
@@ -121,7 +121,7 @@ def _weight_of(key, peak, scale):
 
 @triton.jit
 def _settle_kernel(
-    values_ptr, logits_ptr, row_stride, tiles_ptr, tau_ptr, row_max_ptr, scale_ptr, total_ptr, greedy_ptr,
+    values_ptr, logits_ptr, row_stride, tiles_ptr, tau_ptr, slack_ptr, row_max_ptr, scale_ptr, total_ptr, greedy_ptr,
     top_k_ptr, top_p_ptr, min_p_ptr, uniforms_ptr,
     settled_ptr, n_kept_ptr, certified_ptr, tokens_ptr, chosen_ptr, mass_ptr, n_draws, opened,
     seen_ptr, repetition_ptr, presence_ptr, allow_ptr, n_words, n_valid, vocab,
@@ -180,7 +180,10 @@ def _settle_kernel(
         if top_p < 1.0:
             by_sketch = open_ended & (tau > float("-inf"))
             mass = tl.load(total_ptr + row)
-            error = tl.where(by_sketch, _SKETCH_ERROR, _EXACT_ERROR).to(tl.float64)
+            slack = peak * 0.0
+            if slack_ptr is not None:
+                slack = tl.load(slack_ptr + row).to(tl.float64)
+            error = tl.where(by_sketch, _SKETCH_ERROR + slack * scale, _EXACT_ERROR).to(tl.float64)
             if not by_sketch:
                 key, count, above = _reach(x, here, row, n_first, float("inf"), peak, scale, rules, vocab, WIDE, BLOCK)
                 mass = above + (n_first - count).to(tl.float64) * _weight_of(key, peak, scale)
@@ -285,6 +288,11 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
     tiles, tau = open_tiles(sketch.maxima, opened)
     owners = torch.arange(rows, device=device).repeat_interleave(opened, output_size=rows * opened)
     values = tile_values(sketch.source, owners, tiles.view(-1), sketch.tile)
+    slack = None
+    if sketch.source.recomputes and opened < sketch.maxima.shape[1]:  # as in serve.ops.truncate
+        seen, expected = values.view(rows, opened, sketch.tile).amax(dim=2), sketch.maxima.gather(1, tiles)
+        slack = MARGIN * (seen - expected).masked_fill(seen == expected, 0.0).abs().amax(dim=1)
+        tau = tau + slack
     # rows whose filters are all off are ordinary draws
     off = (filters.top_k >= sketch.source.vocab) & (filters.top_p >= 1) & (filters.min_p <= 0) & ~sketch.greedy
     plain = draw(sketch, uniforms)
@@ -299,7 +307,8 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
     def settle(logits: torch.Tensor | None, rules: Rules) -> None:
         wide = logits is not None
         _settle_kernel[(rows,)](
-            values, logits, logits.stride(0) if logits is not None else 0, tiles, tau, sketch.row_max, sketch.inv_temp,
+            values, logits, logits.stride(0) if logits is not None else 0, tiles, tau, slack,
+            sketch.row_max, sketch.inv_temp,
             sketch.total, greedy, filters.top_k, filters.top_p, filters.min_p, uniforms,
             settled, n_kept, certified, tokens, chosen, mass, n_draws, opened,
             *rule_args(rules, sketch.source.vocab), sketch.source.vocab,

@@ -1,5 +1,6 @@
 """Kept sets equal the float64 reference on every row, ties included, and draws follow what is kept."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 
 from serve.ops import oracles, reference
 from serve.ops.draw import draw
+from serve.ops.rules import NO_RULES
 from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.sources import HeadSource
 from serve.ops.truncate import truncated_draw
 
 SCALES = torch.tensor([1.0, 0.7, 1.4, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -194,6 +197,41 @@ def test_trusting_the_normaliser_is_caught(numbers, monkeypatch):
     sketch = sketch_logits(logits, tile=16)
     sketch.total.mul_(1 + 1e-6)
     assert int(truncated_draw(sketch, numbers(1, 1), top_p=float(p[10] - 1e-9)).n_kept) != 11
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["", "planted-fault"])
+def test_a_second_product_that_rounds_differently_is_not_trusted(fault, numbers, backend, monkeypatch):
+    """The product that looks again gives 2e-5 more above 2 than the sketch's; a boundary of top-p lies within that.
+
+    Planted fault: the difference taken for none.
+    """
+    triton = backend == "triton"
+    module = importlib.import_module("serve.ops.triton_truncate" if triton else "serve.ops.truncate")
+    monkeypatch.setattr(module, "OPENED", 64)
+    monkeypatch.setattr(module, "MARGIN", 0.0 if fault else 2.0)
+
+    def rounded(values):
+        return torch.where(values > 2, values + 2e-5, values)
+
+    if triton:
+        monkeypatch.setattr(module, "_BLOCK", 256)
+        tile_values = module.tile_values
+        monkeypatch.setattr(module, "tile_values", lambda *a: rounded(tile_values(*a)))
+    else:
+        tiles = HeadSource.tiles
+        monkeypatch.setattr(HeadSource, "tiles", lambda *a: rounded(tiles(*a)))
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(1, 32, generator=generator), torch.randn(400, 32, generator=generator) * 0.3
+    sketch = lmhead_sketch(hidden, weight, tile=16, backend="whole")
+    again = (HeadSource(hidden, weight, NO_RULES), torch.zeros(25, dtype=torch.int64), torch.arange(25), 16)
+    every = module.tile_values(*again) if triton else HeadSource.tiles(*again)
+    p = np.sort(reference.probabilities(every.flatten().numpy()))[::-1].cumsum()
+    found = []
+    for place in (6,) if triton else (3, 6, 10):
+        for nudge, expected in ((-1e-9, place + 1), (1e-9, place + 2)):
+            made = truncated_draw(sketch, numbers(1, 1), top_p=float(p[place] + nudge), backend=backend)
+            found.append(int(made.n_kept) == expected and bool(made.certified))
+    assert all(found) != fault
 
 
 def test_law_of_what_is_kept(numbers):
