@@ -39,7 +39,7 @@ from serve.config import EngineConfig, VllmConfig
 from serve.engine import OptionScores, Reply, Request
 from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import adapter_sha, weights_sha
-from serve.loading import DTYPES, decode_replies, encode_prompt, load_plain, load_tokenizer, load_unmerged
+from serve.loading import DTYPES, decode_replies, encode_prompt, load_plain, load_tokenizer, load_unmerged, textless
 from serve.ops.draw import draw
 from serve.ops.philox import signed64, uniforms
 from serve.ops.sketch import sketch_logits
@@ -151,12 +151,6 @@ class _Scorer:
         if surfaces not in self._tries:
             self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
         return self._tries[surfaces]
-
-
-def textless(tokenizer: Any, size: int) -> torch.Tensor:
-    """True for ids [size] that the model has room for but the tokenizer has no text for."""
-    pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    return torch.tensor([i >= len(pieces) or not pieces[i] for i in range(size)])
 
 
 def end_ids_of(tokenizer: Any) -> list[int]:
