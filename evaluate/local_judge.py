@@ -15,6 +15,7 @@ from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
 from serve.engine import Engine, OptionScores, Reply, Request, SamplesAndScores
+from serve.plan import judge_key
 
 
 class LocalJudge:
@@ -22,7 +23,7 @@ class LocalJudge:
 
     def __init__(self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1) -> None:
         self.engine, self.config, self.template = engine, config, template
-        self._key = hash64("judge", config.name) if repeat == 1 else hash64("judge", config.name, repeat)
+        self._key = judge_key(config.name, repeat)
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer per question, in order."""
