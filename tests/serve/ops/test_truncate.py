@@ -1,5 +1,6 @@
 """Kept sets equal the float64 reference on every row, ties included, and draws follow what is kept."""
 
+import dataclasses
 import importlib
 import itertools
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from serve.ops import oracles, reference
+from serve.ops.choices import choice_draw, choice_score
 from serve.ops.draw import draw
 from serve.ops.rules import NO_RULES
 from serve.ops.sketch import lmhead_sketch, sketch_logits
@@ -257,6 +259,76 @@ def test_rows_keep_to_themselves(n_rows, numbers, opened):
     part = truncated_draw(sketch_logits(logits[rows], tile=16), uniforms[rows], **filters)
     for name in ("tokens", "logprobs", "kept_logprobs", "n_kept", "certified"):
         assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+@pytest.mark.parametrize("rows", [[3], [5, 1], [4, 0, 6, 2, 5, 1, 3]], ids=["one", "two", "permuted"])
+def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
+    """Bit by bit; rows settled among the tiles opened, and rows read again as a whole."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 32)
+    monkeypatch.setattr(triton_truncate, "_BLOCK", 128)
+    logits, uniforms = torch.randn(7, 200, generator=torch.Generator().manual_seed(6)) * 2, numbers(7, 2)
+    filters = {"top_k": torch.tensor([3, 50, 3, 50, 3, 50, 3]), "min_p": 0.01}
+    whole = truncated_draw(sketch_logits(logits, tile=16, backend="triton"), uniforms, backend="triton", **filters)
+    sketch = sketch_logits(logits[rows], tile=16, backend="triton")
+    filters["top_k"] = filters["top_k"][rows]
+    part = truncated_draw(sketch, uniforms[rows], backend="triton", **filters)
+    for name in ("tokens", "logprobs", "kept_logprobs", "n_kept", "certified"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+@pytest.mark.full
+def test_law_of_the_kernels(numbers, monkeypatch):
+    """A hundred thousand draws in the interpreter at V = 4096; planted: the last kept token never drawn."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 1024)
+    logits = torch.randn(2, 4096, generator=torch.Generator().manual_seed(9)) * 2
+    sketch, filters = sketch_logits(logits, tile=64, backend="triton"), {"top_k": 100, "top_p": 0.8}
+    tokens = truncated_draw(sketch, numbers(2, 50_000), backend="triton", **filters).tokens
+    for row in range(2):
+        kept = reference.kept_set(logits[row].numpy(), **filters)
+        p = np.zeros(4096)
+        p[kept] = reference.probabilities(logits[row].numpy())[kept]
+        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) > 1e-3
+        p[kept[-1]] = 0
+        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) < 1e-6
+
+
+def test_everything_that_is_read_was_written(hard_rows, numbers, backend, monkeypatch):
+    """Outputs of draws, cuts and choices start as NaN, as those of the sketch do in its own test."""
+    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
+        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 64)
+    if backend == "triton":
+        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 128)
+    logits, uniforms = hard_rows(200), numbers(8, 3)
+    sketch = sketch_logits(logits, SCALES, raw=True, tile=16, backend=backend)
+    ids = torch.arange(16).view(8, 2)
+
+    def made():
+        cut = truncated_draw(sketch, uniforms, top_k=5, min_p=0.01, backend=backend)
+        scores = choice_score(sketch, ids, backend=backend)
+        return (
+            draw(sketch, uniforms, backend=backend),
+            cut,
+            scores,
+            choice_draw(scores.logprobs, uniforms, backend=backend),
+        )
+
+    clean = made()
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args, plain=plain, **kwargs):
+            out = plain(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-7)
+
+        monkeypatch.setattr(torch, name, poisoned)
+    again = made()
+    assert torch.equal(clean[-1], again[-1])
+    for before, after in zip(clean[:-1], again[:-1], strict=True):
+        for field in dataclasses.fields(before):
+            one, other = getattr(before, field.name), getattr(after, field.name)
+            assert one is None or torch.equal(one, other), field.name
 
 
 def test_raw_logprobs_are_those_of_temperature_one(numbers, backend):
