@@ -15,6 +15,7 @@ from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.verdict_store import Answer, AnswerStore
 from serve.engine import Engine, Reply, Request, SamplesAndScores, TooLong
+from serve.plan import judge_key
 
 
 class LocalJudge:
@@ -24,7 +25,7 @@ class LocalJudge:
         self, engine: Engine, config: JudgeConfig, template: JudgeTemplate, *, repeat: int = 1, exact: bool = True
     ) -> None:
         self.engine, self.config, self.template, self.exact = engine, config, template, exact
-        self._key = hash64("judge", config.name) if repeat == 1 else hash64("judge", config.name, repeat)
+        self._key = judge_key(config.name, repeat)
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
         """One answer per question, in order; of a question that is too long for the judge, that it is."""

@@ -407,6 +407,12 @@ class _Builder:
             more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
             self.add(f"judge-{name}-{row.name}", "evaluate.judge", config, "judge", **more)
 
+    def judges_asked(self) -> list[tuple[str, int]]:
+        """Every judge of the study by name, and which time it is asked."""
+        main, second = self.experiment.judge, [s.judge for s in self.experiment.second_judges]
+        asked = {(read_judge(path).name, 1) for path in (*self.judging, *second)}
+        return sorted(asked | {(read_judge(main).name, 2 + i) for i in range(second.count(main))})
+
     def _at_endpoint(self, judge: JudgeConfig) -> dict[str, Any]:
         """Judges that cost money share their answers between variants, and their budget."""
         if judge.in_process:
@@ -481,7 +487,7 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     """The stages of an experiment, each after those it waits for; UserError when it needs a file that is not there."""
     builder = _Builder(experiment)
     subjects = subjects_of(experiment)
-    refuse_shared_keys(experiment.seed, (s.row.name for s in subjects))
+    refuse_shared_keys(experiment.seed, (s.row.name for s in subjects), builder.judges_asked())
     builder.add_questions(subjects)
     builder.add_data(subjects)
     for subject in subjects:

@@ -46,15 +46,15 @@ def trie_score(
 ) -> TrieScores:
     """Probabilities of token sequences after a prompt, all read in one forward pass behind it.
 
-    No option may begin with another one: end both with the end-of-turn token, or the shorter would count
-    the longer. ``banned`` [vocab] is True for ids that can never be drawn.
+    No option may be listed twice or begin with another one: end both with the end-of-turn token, or the
+    shorter would count the longer. ``banned`` [vocab] is True for ids that can never be drawn.
     """
     paths = [tuple(o) for o in options]
     if not paths or not all(paths):
         raise ValueError(f"options is {[list(p) for p in paths]}; each must hold at least one token.")
-    for longer in paths:
-        for shorter in paths:
-            if longer is not shorter and longer[: len(shorter)] == shorter:
+    for i, longer in enumerate(paths):
+        for j, shorter in enumerate(paths):
+            if i != j and longer[: len(shorter)] == shorter:
                 raise ValueError(
                     f"options hold {list(shorter)} and {list(longer)}; none may begin with another. "
                     "End both with the end-of-turn token."

@@ -46,6 +46,12 @@ def load_tokenizer(base: Path) -> Any:
     return tokenizer
 
 
+def textless(tokenizer: Any, size: int) -> torch.Tensor:
+    """True for ids [size] that the model has room for but the tokenizer has no text for."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
+    return torch.tensor([i >= len(pieces) or not pieces[i] for i in range(size)])
+
+
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of one user turn in the model's own chat template, up to where the reply begins."""
     ids = tokenizer.apply_chat_template(

@@ -68,12 +68,25 @@ def stream_of(sha: str) -> int:
     return hash64("prompt", sha)
 
 
-def refuse_shared_keys(study_seed: int, variants: Iterable[str]) -> None:
-    """UserError when two variants of a study would draw the same random numbers."""
-    pair = _shared((name, draw_key(study_seed, name)) for name in variants)
+def judge_key(judge: str, repeat: int = 1) -> int:
+    """The random-number key of a judge's draws, and of those when it is asked everything once more.
+
+    Without the study's seed: a verdict depends on the reply and the judge alone, so that studies may share verdicts.
+    """
+    return hash64("judge", judge) if repeat == 1 else hash64("judge", judge, repeat)
+
+
+def refuse_shared_keys(study_seed: int, variants: Iterable[str], judges: Iterable[tuple[str, int]] = ()) -> None:
+    """UserError when two variants of a study, or judges (name, repeat), would draw the same random numbers."""
+    keys = [(f"variant {name!r}", draw_key(study_seed, name)) for name in variants]
+    keys += [
+        (f"judge {name!r}" + (f", repeat {repeat}" if repeat > 1 else ""), judge_key(name, repeat))
+        for name, repeat in judges
+    ]
+    pair = _shared(keys)
     if pair:
         raise UserError(
-            f"variants {pair[0]!r} and {pair[1]!r} would draw the same random numbers with seed {study_seed}: "
+            f"{pair[0]} and {pair[1]} would draw the same random numbers with seed {study_seed}: "
             "the 64-bit hashes of their names are the same. Change the seed of the experiment, or a name."
         )
 

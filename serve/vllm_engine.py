@@ -53,6 +53,7 @@ from serve.loading import (
     load_plain,
     load_tokenizer,
     load_unmerged,
+    textless,
 )
 from serve.ops.draw import draw
 from serve.ops.philox import signed64, uniforms
@@ -165,12 +166,6 @@ class _Scorer:
         if surfaces not in self._tries:
             self._tries[surfaces] = OptionTrie(self._vocabulary, surfaces)
         return self._tries[surfaces]
-
-
-def textless(tokenizer: Any, size: int) -> torch.Tensor:
-    """True for ids [size] that the model has room for but the tokenizer has no text for."""
-    pieces = tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))
-    return torch.tensor([i >= len(pieces) or not pieces[i] for i in range(size)])
 
 
 def end_ids_of(tokenizer: Any) -> list[int]:

@@ -5,7 +5,7 @@
 vLLM keys its noise by (seed, position, token): one seed for a batch gives every prompt the same noise, its
 uniforms have 32 bits, and its logits are rounded to bfloat16 before anything reads them. With this plugin a
 request that names its random numbers draws as the torch engine does: the same Philox counters, 53-bit
-uniforms, log-probabilities from logits summed in float32.
+uniforms, log-probabilities from logits summed in float32, no ids without text.
 
 Off by default: installed, it does nothing unless VLLM_PLUGINS names it. On, it takes a step only when every
 request of the batch names its random numbers (``extra_args={"candor": [key, stream, draw]}``) and asks for
@@ -15,14 +15,16 @@ behaviour of vLLM are those of 0.31.0 (vllm/v1/worker/gpu/model_runner.py, sampl
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from candor.errors import UserError
 from serve.ops.draw import draw
 from serve.ops.philox import signed64, uniforms
-from serve.ops.rules import NO_RULES, make_rules
+from serve.ops.rules import NO_RULES, Rules, make_rules
 from serve.ops.sketch import Sketch, lmhead_sketch, sketch_logits
 from serve.ops.truncate import truncated_draw
 
@@ -123,7 +125,40 @@ def why_not(runner: Any, batch: Any, grammar_output: Any) -> str | None:
         if holds:
             return reason
     problems = _requests_of(sampler).problem
-    return next((problems[i] for i in batch.idx_mapping_np if problems[i]), None)
+    reason = next((problems[i] for i in batch.idx_mapping_np if problems[i]), None)
+    return reason or _model_problem(runner)
+
+
+def _model_problem(runner: Any) -> str | None:
+    """Why the core cannot draw from this model as the torch engine does; looked at once."""
+    if not hasattr(runner, "_candor_problem"):
+        n_text = runner._candor_text = ids_with_text(runner.model_config.tokenizer)
+        problem = n_text if isinstance(n_text, str) else None
+        dtype = runner.model_config.head_dtype
+        if problem is None and dtype != torch.float32 and plain_head(runner.model) is None:
+            problem = (
+                f"the head is more than a product and makes logits in {str(dtype).removeprefix('torch.')} "
+                '(--hf-overrides \'{"head_dtype": "float32"}\' makes them in float32)'
+            )
+        runner._candor_problem = problem
+    found: str | None = runner._candor_problem
+    return found
+
+
+def ids_with_text(tokenizer: str) -> int | str:
+    """How many ids have text, which are the first ones; or a reason why the core cannot tell them apart.
+
+    The torch engine rules out ids without text, so the law is the same only where they are ruled out here.
+    """
+    from serve.loading import load_tokenizer, textless
+
+    try:
+        loaded = load_tokenizer(Path(tokenizer))
+    except UserError as error:
+        return f"it is not known which ids have text ({error})"
+    without = textless(loaded, len(loaded))
+    n = int((~without).nonzero().max()) + 1
+    return n if not bool(without[:n].any()) else f"ids without text lie among the first {n}, which have it"
 
 
 def _requests_of(sampler: Any) -> Requests:
@@ -143,12 +178,12 @@ class Head:
 
 def plain_head(model: Any) -> Head | None:
     """The model's head where logits are nothing but its product; None where something else is done to them."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-
     head, processor = getattr(model, "lm_head", None), getattr(model, "logits_processor", None)
     if head is None or processor is None or getattr(head, "tp_size", 1) != 1:
         return None
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
     if not isinstance(getattr(head, "quant_method", None), (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
         return None
     if processor.soft_cap is not None or processor.scale != 1.0 or processor.logits_as_input:
@@ -159,7 +194,11 @@ def plain_head(model: Any) -> Head | None:
 
 
 def _sample(runner: Any, hidden_states: torch.Tensor, batch: Any) -> Any:
-    """One step through the core, in vLLM's own types. Nothing here makes the host wait for the device."""
+    """One step through the core, in vLLM's own types.
+
+    Without filters nothing here makes the host wait for the device. With them it waits: to learn which rows have
+    none (plain torch), or whether any nucleus is wider than the tiles looked at (the kernels, from hidden states).
+    """
     from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -174,7 +213,7 @@ def _sample(runner: Any, hidden_states: torch.Tensor, batch: Any) -> Any:
     inv_temp = torch.where(scaled > 0, 1.0 / scaled, inv_temp)
     rows = hidden_states[batch.logits_indices]
     raw = with_logprobs and not bool(np.isin(temperature, (0.0, 1.0)).all())
-    sketch = _sketch(runner.model, rows, inv_temp, raw=raw)
+    sketch = _sketch(runner.model, rows, inv_temp, runner._candor_text, raw=raw)
     numbers = _numbers(runner, batch)
     top_k, top_p = states.get_top_k_top_p(slots, slots_np)
     min_p = states.min_p.gpu[slots] if (states.min_p.np[slots_np] != 0).any() else None
@@ -213,15 +252,18 @@ def _sample(runner: Any, hidden_states: torch.Tensor, batch: Any) -> Any:
     return output, n_sampled, n_rejected
 
 
-def _sketch(model: Any, hidden: torch.Tensor, inv_temp: torch.Tensor, *, raw: bool) -> Sketch:
-    """From the head where it is a plain product, else from the logits that the model makes."""
+def _sketch(model: Any, hidden: torch.Tensor, inv_temp: torch.Tensor, n_text: int, *, raw: bool) -> Sketch:
+    """From the head where it is a plain product, else from the model's logits; the first ``n_text`` ids have text."""
     head = plain_head(model)
     if head is None:
-        return sketch_logits(model.compute_logits(hidden).contiguous(), inv_temp, raw=raw, check=False)
-    rules = NO_RULES
-    if head.n_valid < head.weight.shape[0]:
-        rules = make_rules(len(hidden), head.weight.shape[0], hidden.device, n_valid=head.n_valid)
+        logits = model.compute_logits(hidden).contiguous()
+        return sketch_logits(logits, inv_temp, rules=_rules(logits, logits.shape[1], n_text), raw=raw, check=False)
+    rules = _rules(hidden, head.weight.shape[0], min(n_text, head.n_valid))
     return lmhead_sketch(hidden, head.weight.to(hidden.dtype), inv_temp, rules=rules, raw=raw, check=False)
+
+
+def _rules(rows: torch.Tensor, vocab: int, n_valid: int) -> Rules:
+    return make_rules(len(rows), vocab, rows.device, n_valid=n_valid) if n_valid < vocab else NO_RULES
 
 
 def _numbers(runner: Any, batch: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ plain torch version, which is the one that has been run everywhere.
 
 import csv
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +35,29 @@ class Measured:
     median_us: float
 
 
-def choose(op: str, *, device: torch.device, rows: int, width: int = 0, backend: str | None = None) -> str:
-    """The backend for this call: the one asked for, or the fastest in the nearest measured shape."""
+def choose(
+    op: str,
+    *,
+    device: torch.device,
+    rows: int,
+    width: int = 0,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend for this call: the one asked for, or the fastest in the nearest measured shape.
+
+    ``dtype`` is that of the logits where they are looked at: the Triton kernels hold float32.
+    """
     known = BACKENDS[op]
     if backend is not None:
         if backend not in known:
             raise ValueError(f"backend is {backend!r}; for {op} it must be one of {', '.join(known)}.")
+        if backend == "triton" and dtype == torch.float64:
+            raise ValueError(f"backend is 'triton'; for float64 it must be {known[0]!r}.")
         return backend
-    return _fastest(op, device_name(device), width, rows.bit_length())
+    if dtype == torch.float64:
+        return known[0]
+    return _fastest(op, device_name(device), width, rows)
 
 
 @functools.cache
@@ -51,17 +67,23 @@ def device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def _fastest(op: str, device: str, width: int, octave: int) -> str:
+def _fastest(op: str, device: str, width: int, rows: int) -> str:
     """The fastest backend at the measured (width, rows) nearest in octaves; cached, as it is asked at every step."""
-    found = [m for m in read_table() if m.op == op and m.device == device and m.backend in BACKENDS[op]]
+    found = [m for m in _table() if m.op == op and m.device == device and m.backend in BACKENDS[op]]
     if not found:
         return BACKENDS[op][0]
 
-    def distance(m: Measured) -> int:
-        return abs(m.rows.bit_length() - octave) + abs(m.width.bit_length() - width.bit_length())
+    def octaves(a: int, b: int) -> float:
+        return abs(math.log2(max(a, 1) / max(b, 1)))
 
-    nearest = min(distance(m) for m in found)
-    return min((m for m in found if distance(m) == nearest), key=lambda m: m.median_us).backend
+    # one shape, the smaller of two equally near: times of different shapes say nothing about backends
+    shape = min({(m.width, m.rows) for m in found}, key=lambda s: (octaves(s[0], width) + octaves(s[1], rows), s))
+    return min((m for m in found if (m.width, m.rows) == shape), key=lambda m: m.median_us).backend
+
+
+@functools.cache
+def _table() -> list[Measured]:
+    return read_table(TABLE)
 
 
 def read_table(path: Path = TABLE) -> list[Measured]:

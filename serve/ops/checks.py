@@ -6,6 +6,7 @@ looking at the values (a row without any finite logit) is checked where the valu
 """
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 
@@ -51,6 +52,18 @@ def check_size(name: str, value: int, *, least: int = 1) -> int:
     return value
 
 
+def check_uniforms(value: torch.Tensor, rows: int, device: torch.device) -> None:
+    """ValueError unless these are float64 uniforms [rows, n]; on the CPU also unless all lie in (0, 1)."""
+    check_tensor("uniforms", value, shape=(rows, None), dtypes=(torch.float64,), device=device)
+    if device.type == "cpu":
+        wrong = ~((value > 0) & (value < 1))
+        if bool(wrong.any()):
+            row, place = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"uniforms of row {row} hold {value[row, place].item()}; each must be above 0 and below 1."
+            )
+
+
 def per_row(
     name: str,
     value: float | torch.Tensor,
@@ -68,13 +81,18 @@ def per_row(
     A tensor on a GPU is trusted: looking at it would make the host wait at every step.
     """
     if isinstance(value, torch.Tensor):
-        check_tensor(name, value, shape=(rows,), dtypes=(*FLOATS, torch.int32, torch.int64), device=device)
+        whole = (torch.int32, torch.int64)
+        dtypes = (*FLOATS, *whole) if dtype.is_floating_point else whole
+        check_tensor(name, value, shape=(rows,), dtypes=dtypes, device=device)
         if value.device.type == "cpu":
             wrong = ~((value > low if open_low else value >= low) & (value <= high))
             if bool(wrong.any()):
                 row = int(wrong.nonzero()[0])
                 raise ValueError(f"{name} of row {row} is {value[row].item()}; {rule}.")
         return value.to(dtype)
+    kind, article = (Real, "a number") if dtype.is_floating_point else (Integral, "an integer")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}; it must be {article}, and {rule.removeprefix('it must be ')}.")
     if not ((value > low if open_low else value >= low) and value <= high):
         raise ValueError(f"{name} is {value!r}; {rule}.")
     return torch.full((rows,), value, dtype=dtype, device=device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.ops.backends import choose
-from serve.ops.checks import check_tensor
+from serve.ops.checks import check_tensor, check_uniforms
 from serve.ops.sketch import Sketch
 from serve.ops.sources import LogitsSource
 
@@ -36,7 +36,7 @@ def choice_score(sketch: Sketch, ids: torch.Tensor, *, backend: str | None = Non
     if device.type == "cpu":
         _check_ids(ids, vocab)
     listed = ids >= 0
-    if choose("finish", device=device, rows=sketch.n_rows, backend=backend) == "triton":
+    if choose("finish", device=device, rows=sketch.n_rows, backend=backend, dtype=sketch.source.dtype) == "triton":
         from serve.ops import triton_choices
 
         values = triton_choices.values_at(sketch.source, ids)
@@ -72,7 +72,7 @@ def choice_draw(logprobs: torch.Tensor, uniforms: torch.Tensor, *, backend: str 
     """
     check_tensor("logprobs", logprobs, shape=(None, None), dtypes=(torch.float64,))
     rows, k = logprobs.shape
-    check_tensor("uniforms", uniforms, shape=(rows, None), dtypes=(torch.float64,), device=logprobs.device)
+    check_uniforms(uniforms, rows, logprobs.device)
     if k > MOST_OPTIONS:
         raise ValueError(
             f"logprobs has {k} options; it must be at most {MOST_OPTIONS} (draw tokens with serve.ops.draw)."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from serve.ops.backends import choose
-from serve.ops.checks import check_tensor
+from serve.ops.checks import check_uniforms
 from serve.ops.sketch import Sketch
 
 _AT_A_TIME = 1 << 17  # looked-up values at a time: what stays in a core's cache
@@ -35,8 +35,8 @@ def draw(sketch: Sketch, uniforms: torch.Tensor, *, backend: str | None = None) 
     lowest id on ties. Ruled-out tokens are never drawn.
     """
     rows, device = sketch.n_rows, sketch.source.device
-    check_tensor("uniforms", uniforms, shape=(rows, None), dtypes=(torch.float64,), device=device)
-    if choose("finish", device=device, rows=rows, backend=backend) == "triton":
+    check_uniforms(uniforms, rows, device)
+    if choose("finish", device=device, rows=rows, backend=backend, dtype=sketch.source.dtype) == "triton":
         from serve.ops import triton_draw
 
         tokens, values = triton_draw.draw(sketch, uniforms)
@@ -62,6 +62,7 @@ def _draw(sketch: Sketch, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.T
     else:
         looked, place = None, None
     tokens = torch.empty(rows * n, dtype=torch.int64, device=tiles.device)
+    last = sketch.source.vocab - 1
     values = torch.empty(rows * n, dtype=sketch.source.dtype, device=tiles.device)
     step = max(1, _AT_A_TIME // sketch.tile)
     for first in range(0, rows * n, step):
@@ -71,7 +72,8 @@ def _draw(sketch: Sketch, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.T
         else:
             seen = looked[place[part]]
         offsets = _choose_inside(sketch, owners[part], seen, flat_inside[part])
-        tokens[part] = flat_tiles[part] * sketch.tile + offsets
+        # in a broken row NaN is searched to the last tile's end, which may lie beyond the vocabulary
+        tokens[part] = (flat_tiles[part] * sketch.tile + offsets).clamp_(max=last)
         values[part] = seen.gather(1, offsets[:, None]).squeeze(1)
     return tokens.view(rows, n), values.view(rows, n)
 

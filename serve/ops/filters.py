@@ -10,6 +10,9 @@ OPENED = 4096  # columns opened at first; then 8 times as many, then all
 # Bounds on relative errors of a sum of weights: a sum of float32 exponentials, and one of float64 ones.
 SKETCH_ERROR = 4e-6
 EXACT_ERROR = 1e-12
+# A head's values are computed twice, by products that round differently: what two products of one number differ
+# by is taken to be at most so many times what the maxima of the opened tiles show.
+MARGIN = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +38,4 @@ class Truncated:
     kept_logprobs: torch.Tensor  # the same among what is kept; it sums to 1 there
     raw_logprobs: torch.Tensor | None  # before filters and temperature; None when the sketch has no raw sums
     n_kept: torch.Tensor  # [rows] int64; the size of the vocabulary for rows whose filters are all off
-    certified: torch.Tensor  # [rows] bool: no rounding could have changed the set
+    certified: torch.Tensor  # [rows] bool: no rounding of sums could have changed the set; False for broken rows

@@ -28,14 +28,19 @@ UInts = NDArray[np.uint64]
 
 def split64(value: int) -> tuple[int, int]:
     """Low and high 32-bit word of a 64-bit integer."""
-    assert 0 <= value < 2**64, value
-    return value & _LOW, value >> 32
+    return _unsigned(value, 64, "key") & _LOW, value >> 32
 
 
 def signed64(value: int) -> int:
     """The int64 with the same bits as an unsigned 64-bit integer; torch has no unsigned arithmetic."""
-    assert 0 <= value < 2**64, value
-    return value - 2**64 if value >= 2**63 else value
+    return value - 2**64 if _unsigned(value, 64, "key or stream") >= 2**63 else value
+
+
+def _unsigned(value: int, bits: int, name: str) -> int:
+    """The number itself; ValueError when it has more bits or a sign."""
+    if not 0 <= value < 2**bits:
+        raise ValueError(f"{name} is {value}; it must be from 0 to 2^{bits} - 1.")
+    return value
 
 
 def philox_torch(counter: Words, key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> Words:
@@ -81,6 +86,10 @@ def uniforms(
             raise ValueError(
                 f"{name} is {value.dtype} on {value.device}; it must be torch.int64 on {stream.device}, as stream is."
             )
+    if stream.device.type == "cpu":
+        for name, value in (("draw", draw), ("position", position)):
+            for end in torch.aminmax(value) if value.numel() else ():
+                _unsigned(int(end), 32, name)
     if choose("finish", device=stream.device, rows=stream.numel()) == "triton":
         from serve.ops import triton_philox
 

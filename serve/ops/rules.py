@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serve.ops.checks import check_tensor, per_row
+from serve.ops.checks import check_size, check_tensor, per_row
 
 WORD = 32  # tokens per word of a bit mask
 
@@ -45,7 +45,7 @@ class Rules:
         for name, mask in (("rules.seen", self.seen), ("rules.allow", self.allow)):
             if mask is not None:
                 check_tensor(name, mask, shape=(rows, words), dtypes=(torch.int32,), device=device)
-        if self.n_valid is not None and not 1 <= self.n_valid <= vocab:
+        if self.n_valid is not None and not 1 <= check_size("n_valid", self.n_valid, least=0) <= vocab:
             raise ValueError(f"n_valid is {self.n_valid}; it must be from 1 to the vocabulary's {vocab}.")
 
     def on_columns(self, values: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
@@ -109,9 +109,21 @@ def make_rules(
     n_valid: int | None = None,
 ) -> Rules:
     """Checked rules for logits [rows, vocab]."""
-    options = {"dtype": torch.float32, "device": device}
-    penalty = per_row("repetition", repetition, rows, rule="it must be above 0", low=0.0, open_low=True, **options)  # type: ignore[arg-type]
-    minus = per_row("presence", presence, rows, rule="it must be a number", low=float("-inf"), **options)  # type: ignore[arg-type]
+    most = torch.finfo(torch.float32).max
+    options = {"high": most, "dtype": torch.float32, "device": device}
+    penalty = per_row(
+        "repetition",
+        repetition,
+        rows,
+        rule="it must be above 0, and finite",
+        low=0.0,
+        open_low=True,
+        **options,  # type: ignore[arg-type]
+    )
+    minus = per_row("presence", presence, rows, rule="it must be finite", low=-most, **options)  # type: ignore[arg-type]
+    for name, value, neutral in (("repetition", repetition, 1.0), ("presence", presence, 0.0)):
+        if seen is None and (isinstance(value, torch.Tensor) or value != neutral):
+            raise ValueError(f"{name} is {value!r} but seen is None; it must say which tokens the penalty is for.")
     rules = Rules(allow=allow, n_valid=n_valid) if seen is None else Rules(seen, penalty, minus, allow, n_valid)
     rules.check(rows, vocab, device)
     return rules

@@ -12,6 +12,7 @@ from serve.ops.rules import Rules
 
 _COLUMNS = 4096  # columns of the vocabulary per matrix product in the backend "chunks"
 _VALUES = 1 << 27  # logits held at a time in the backend "whole": 512 MiB
+_WIDENED = 1 << 26  # numbers of the matrix held a second time, widened to float32, in that backend: 256 MiB
 
 
 class Source(Protocol):
@@ -110,6 +111,8 @@ class HeadSource:
     def column_slices(self, tile: int, backend: str) -> Iterator[slice]:
         """How the vocabulary is cut: into chunks whose logits stay in the cache, or as memory demands."""
         size = _COLUMNS if backend == "chunks" else _VALUES // self.n_rows
+        if self.device.type == "cpu" and self.hidden.dtype != self.dtype:
+            size = min(size, _WIDENED // self.width)
         size = max(tile, size // tile * tile)
         for first in range(0, self.vocab, size):
             yield slice(first, min(first + size, self.vocab))

@@ -42,7 +42,7 @@ def _find_kernel(
 
 @triton.jit
 def _pick_kernel(
-    values_ptr, place_ptr, scale_ptr, greedy_ptr, tiles_ptr, inside_ptr, tokens_ptr, chosen_ptr, n_all, n_draws,
+    values_ptr, place_ptr, scale_ptr, greedy_ptr, tiles_ptr, inside_ptr, tokens_ptr, chosen_ptr, n_all, n_draws, vocab,
     DRAWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The token of each draw inside its tile."""
@@ -66,7 +66,8 @@ def _pick_kernel(
         offset = tl.where(tl.load(greedy_ptr + row) != 0, first, offset)
     offset = tl.minimum(offset, TILE - 1)
     tile = tl.load(tiles_ptr + which, mask=here, other=0)
-    tl.store(tokens_ptr + which, tile * TILE + offset, mask=here)
+    # NaN finds the last tile's end, which may lie beyond the vocabulary
+    tl.store(tokens_ptr + which, tl.minimum(tile * TILE + offset, vocab - 1), mask=here)
     tl.store(chosen_ptr + which, tl.sum(tl.where(lanes == offset[:, None], x, 0.0), axis=1), mask=here)
 
 
@@ -95,6 +96,6 @@ def draw(sketch: Sketch, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     chosen = torch.empty(rows, n, dtype=torch.float32, device=device)
     _pick_kernel[grid](
         values, place, sketch.inv_temp, greedy, tiles, inside, tokens, chosen, rows * n, n,
-        DRAWS=_DRAWS, TILE=sketch.tile,
+        sketch.source.vocab, DRAWS=_DRAWS, TILE=sketch.tile,
     )  # fmt: skip
     return tokens, chosen

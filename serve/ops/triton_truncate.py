@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from serve.ops.filters import EXACT_ERROR, OPENED, SKETCH_ERROR, Filters, Truncated
+from serve.ops.filters import EXACT_ERROR, MARGIN, OPENED, SKETCH_ERROR, Filters, Truncated
 from serve.ops.rules import NO_RULES, Rules
 from serve.ops.sketch import Sketch
 from serve.ops.sources import LogitsSource
@@ -80,6 +80,15 @@ def _row_values(logits_ptr, row, start, rules, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _row_top(logits_ptr, row, rules, vocab, BLOCK: tl.constexpr):
+    """The largest value of a row in memory."""
+    top = tl.full((), float("-inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        top = tl.maximum(top, tl.max(_row_values(logits_ptr, row, start, rules, vocab, BLOCK), axis=0))
+    return top
+
+
+@triton.jit
 def _count_or_mass(x, logits_ptr, row, bound, peak, scale, rules, vocab, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     if WIDE:
         count, mass = _tally_row(logits_ptr, row, bound, peak, scale, rules, vocab, BLOCK)
@@ -112,7 +121,7 @@ def _weight_of(key, peak, scale):
 
 @triton.jit
 def _settle_kernel(
-    values_ptr, logits_ptr, row_stride, tiles_ptr, tau_ptr, row_max_ptr, scale_ptr, total_ptr, greedy_ptr,
+    values_ptr, logits_ptr, row_stride, tiles_ptr, tau_ptr, slack_ptr, row_max_ptr, scale_ptr, total_ptr, greedy_ptr,
     top_k_ptr, top_p_ptr, min_p_ptr, uniforms_ptr,
     settled_ptr, n_kept_ptr, certified_ptr, tokens_ptr, chosen_ptr, mass_ptr, n_draws, opened,
     seen_ptr, repetition_ptr, presence_ptr, allow_ptr, n_words, n_valid, vocab,
@@ -140,20 +149,23 @@ def _settle_kernel(
         known_bound = tl.where(whole, _LOWEST, _key(tau) + 1)
         known, known_mass = _count_or_mass(x, here, row, known_bound, peak, scale, rules, vocab, WIDE, BLOCK)
 
-        # min-p keeps (x - max) * scale >= ln(min_p), evaluated in float64: the bound's key is found by bisection
+        # min-p keeps (x - top) * scale >= ln(min_p), evaluated in float64: the bound's key is found by bisection.
+        # The top is that of the values seen here: the sketch's maximum may come from another product.
+        highest = _row_top(here, row, rules, vocab, BLOCK) if WIDE else tl.max(x, axis=0)
+        top = highest.to(tl.float64)
         floor = tl.where(min_p > 0.0, tl.log(min_p), float("-inf"))
-        low, high = row * 0 + _LOWEST, _key(peak.to(tl.float32))
+        low, high = row * 0 + _LOWEST, _key(highest)
         for _ in range(_STEPS):
             middle = (low + high) >> 1
             bits = tl.where(middle < 0, middle ^ 0x7FFFFFFF, middle).to(tl.int32)
-            passes = (bits.to(tl.float32, bitcast=True).to(tl.float64) - peak) * scale >= floor
+            passes = (bits.to(tl.float32, bitcast=True).to(tl.float64) - top) * scale >= floor
             high = tl.where(passes, middle, high)
             low = tl.where(passes, low, tl.minimum(middle + 1, high))
         n_min_p = known
         if min_p > 0.0:
             n_min_p, _min_p_mass = _count_or_mass(x, here, row, high, peak, scale, rules, vocab, WIDE, BLOCK)
             n_min_p = tl.minimum(n_min_p, known)
-        min_p_known = whole | ((tau.to(tl.float64) - peak) * scale < floor)
+        min_p_known = whole | ((tau.to(tl.float64) - top) * scale < floor)
         n_top_k = tl.minimum(top_k, known)
         top_k_known = whole | (top_k <= known)
         either_known = min_p_known | top_k_known
@@ -168,7 +180,10 @@ def _settle_kernel(
         if top_p < 1.0:
             by_sketch = open_ended & (tau > float("-inf"))
             mass = tl.load(total_ptr + row)
-            error = tl.where(by_sketch, _SKETCH_ERROR, _EXACT_ERROR).to(tl.float64)
+            slack = peak * 0.0
+            if slack_ptr is not None:
+                slack = tl.load(slack_ptr + row).to(tl.float64)
+            error = tl.where(by_sketch, _SKETCH_ERROR + slack * scale, _EXACT_ERROR).to(tl.float64)
             if not by_sketch:
                 key, count, above = _reach(x, here, row, n_first, float("inf"), peak, scale, rules, vocab, WIDE, BLOCK)
                 mass = above + (n_first - count).to(tl.float64) * _weight_of(key, peak, scale)
@@ -187,7 +202,7 @@ def _settle_kernel(
                 (n >= n_first) | (before_next >= limit * (1.0 + error))
             )
             settled = tl.where(by_sketch, (known_mass >= limit * (1.0 + error)) & certified, first_known)
-        n = tl.minimum(n, n_min_p)
+        n = tl.maximum(tl.minimum(n, n_min_p), 1)  # 0 only in broken rows
         tl.store(settled_ptr + row, settled.to(tl.int8))
         if settled:
             tl.store(n_kept_ptr + row, n)
@@ -236,7 +251,7 @@ def _draw_kept(
                 chosen = tl.where(first, value, chosen)
                 token = tl.where(first, start + found, token)
                 passed = tl.max(edges, axis=0)
-            tl.store(tokens_ptr + row * n_draws + i, token)
+            tl.store(tokens_ptr + row * n_draws + i, tl.minimum(token, vocab - 1))  # none found in broken rows
             tl.store(chosen_ptr + row * n_draws + i, chosen)
         tl.store(mass_ptr + row, total)
     else:
@@ -247,7 +262,7 @@ def _draw_kept(
             place = tl.sum(((edges <= target) & (edges < total)).to(tl.int32), axis=0)
             value = tl.sum(tl.where(lanes == place, x, 0.0), axis=0).to(tl.float64)
             tile = tl.load(tiles_ptr + row * opened + place // TILE)
-            tl.store(tokens_ptr + row * n_draws + i, tile * TILE + place % TILE)
+            tl.store(tokens_ptr + row * n_draws + i, tl.minimum(tile * TILE + place % TILE, vocab - 1))
             tl.store(chosen_ptr + row * n_draws + i, value)
         tl.store(mass_ptr + row, total)
 
@@ -273,6 +288,11 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
     tiles, tau = open_tiles(sketch.maxima, opened)
     owners = torch.arange(rows, device=device).repeat_interleave(opened, output_size=rows * opened)
     values = tile_values(sketch.source, owners, tiles.view(-1), sketch.tile)
+    slack = None
+    if sketch.source.recomputes and opened < sketch.maxima.shape[1]:  # as in serve.ops.truncate
+        seen, expected = values.view(rows, opened, sketch.tile).amax(dim=2), sketch.maxima.gather(1, tiles)
+        slack = MARGIN * (seen - expected).masked_fill(seen == expected, 0.0).abs().amax(dim=1)
+        tau = tau + slack
     # rows whose filters are all off are ordinary draws
     off = (filters.top_k >= sketch.source.vocab) & (filters.top_p >= 1) & (filters.min_p <= 0) & ~sketch.greedy
     plain = draw(sketch, uniforms)
@@ -287,7 +307,8 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
     def settle(logits: torch.Tensor | None, rules: Rules) -> None:
         wide = logits is not None
         _settle_kernel[(rows,)](
-            values, logits, logits.stride(0) if logits is not None else 0, tiles, tau, sketch.row_max, sketch.inv_temp,
+            values, logits, logits.stride(0) if logits is not None else 0, tiles, tau, slack,
+            sketch.row_max, sketch.inv_temp,
             sketch.total, greedy, filters.top_k, filters.top_p, filters.min_p, uniforms,
             settled, n_kept, certified, tokens, chosen, mass, n_draws, opened,
             *rule_args(rules, sketch.source.vocab), sketch.source.vocab,
@@ -310,7 +331,7 @@ def truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) -> 
         kept_logprobs=scaled - mass.log()[:, None],
         raw_logprobs=None if sketch.raw_total is None else below - sketch.raw_total.log()[:, None],
         n_kept=n_kept,
-        certified=certified.bool(),
+        certified=certified.bool() & ~sketch.broken(),
     )
 
 

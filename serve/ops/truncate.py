@@ -12,6 +12,9 @@ as the normaliser of top-p without top-k, and only when the decision is the same
 otherwise the row is looked at as a whole. ``certified`` is False where even float64 leaves the boundary
 within its own rounding error.
 
+Of hidden states, the logits are those of the product that looks at tiles again: what the sketch's product
+differs from it by is measured on the opened tiles, and counts as an error of tau and of the sketch's sums.
+
 Orders: ``vllm`` is min-p, top-k, top-p; ``hf`` is top-k, top-p, min-p, as in Hugging Face.
 """
 
@@ -20,9 +23,9 @@ from typing import get_args
 import torch
 
 from serve.ops.backends import choose
-from serve.ops.checks import check_tensor, per_row
+from serve.ops.checks import check_uniforms, per_row
 from serve.ops.draw import draw, find
-from serve.ops.filters import EXACT_ERROR, OPENED, SKETCH_ERROR, Filters, Order, Truncated
+from serve.ops.filters import EXACT_ERROR, MARGIN, OPENED, SKETCH_ERROR, Filters, Order, Truncated
 from serve.ops.sketch import Sketch
 
 
@@ -38,8 +41,6 @@ def make_filters(
     if order not in get_args(Order):
         raise ValueError(f"order is {order!r}; it must be one of {', '.join(get_args(Order))}.")
     rows, vocab, device = sketch.n_rows, sketch.source.vocab, sketch.source.device
-    if top_k is not None and not isinstance(top_k, torch.Tensor) and int(top_k) != top_k:
-        raise ValueError(f"top_k is {top_k!r}; it must be an integer of at least 1, or None for no limit.")
     k = per_row(
         "top_k",
         vocab if top_k is None else top_k,
@@ -53,7 +54,8 @@ def make_filters(
         "top_p", top_p, rows, rule="it must be above 0 and at most 1", low=0.0, high=1.0, open_low=True, device=device
     )
     m = per_row("min_p", min_p, rows, rule="it must be from 0 to 1", low=0.0, high=1.0, device=device)
-    return Filters(k.clamp(max=vocab), p, m, order)
+    valid = vocab if sketch.source.rules.n_valid is None else sketch.source.rules.n_valid
+    return Filters(k.masked_fill(k >= valid, vocab), p, m, order)  # as many as there are: no limit
 
 
 def truncated_draw(
@@ -72,9 +74,9 @@ def truncated_draw(
     Each filter is one number or [rows]. Greedy rows keep one token.
     """
     rows, device = sketch.n_rows, sketch.source.device
-    check_tensor("uniforms", uniforms, shape=(rows, None), dtypes=(torch.float64,), device=device)
+    check_uniforms(uniforms, rows, device)
     filters = make_filters(sketch, top_k=top_k, top_p=top_p, min_p=min_p, order=order)
-    if choose("finish", device=device, rows=rows, backend=backend) == "triton":
+    if choose("finish", device=device, rows=rows, backend=backend, dtype=sketch.source.dtype) == "triton":
         from serve.ops import triton_truncate
 
         return triton_truncate.truncated_draw(sketch, uniforms, filters)
@@ -108,6 +110,7 @@ def _truncated_draw(sketch: Sketch, uniforms: torch.Tensor, filters: Filters) ->
             break
         waiting = _settle(sketch, uniforms, filters, waiting, opened, out)
     assert len(waiting) == 0, waiting
+    out.certified.logical_and_(~sketch.broken())
     return out
 
 
@@ -118,9 +121,9 @@ def _settle(
     left = []
     step = max(1, (1 << 22) // (opened * sketch.tile))
     for rows in torch.split(waiting, step):
-        values, ids, tau = _open(sketch, rows, opened)
+        values, ids, tau, slack = _open(sketch, rows, opened)
         best, ranking = values.sort(dim=1, descending=True, stable=True)
-        n_kept, settled, certified = _count_kept(sketch, filters.rows(rows), rows, best, tau)
+        n_kept, settled, certified = _count_kept(sketch, filters.rows(rows), rows, best, tau, slack)
         done = rows[settled]
         if len(done):
             ranks = torch.arange(values.shape[1], device=rows.device)
@@ -132,8 +135,14 @@ def _settle(
     return torch.cat(left)
 
 
-def _open(sketch: Sketch, rows: torch.Tensor, opened: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values [rows, m] of the opened tiles in token order, their ids, and tau [rows]: the largest unopened maximum."""
+def _open(
+    sketch: Sketch, rows: torch.Tensor, opened: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values [rows, m] of the opened tiles in token order, their ids, tau [rows] and slack [rows].
+
+    tau is the largest an unopened value can be: the largest unopened maximum, and for a head what the product
+    made here may give above that of the sketch, which is ``slack``.
+    """
     maxima = sketch.maxima[rows]
     if opened == maxima.shape[1]:
         tiles = torch.arange(opened, device=rows.device).expand(len(rows), -1)
@@ -144,24 +153,32 @@ def _open(sketch: Sketch, rows: torch.Tensor, opened: int) -> tuple[torch.Tensor
         tau = best.values[:, opened].double()
     owners = rows[:, None].expand_as(tiles).reshape(-1)
     values = sketch.source.tiles(owners, tiles.reshape(-1), sketch.tile).view(len(rows), -1)
+    slack = torch.zeros_like(tau)
+    if sketch.source.recomputes and opened < maxima.shape[1]:
+        seen = values.view(len(rows), opened, sketch.tile).amax(dim=2).double()
+        expected = maxima.gather(1, tiles).double()
+        slack = MARGIN * (seen - expected).masked_fill(seen == expected, 0.0).abs().amax(dim=1)  # -inf less -inf is NaN
+        tau = tau + slack
     ids = (tiles[:, :, None] * sketch.tile + torch.arange(sketch.tile, device=rows.device)).view(len(rows), -1)
-    return values, ids, tau
+    return values, ids, tau, slack
 
 
 def _count_kept(
-    sketch: Sketch, filters: Filters, rows: torch.Tensor, best: torch.Tensor, tau: torch.Tensor
+    sketch: Sketch, filters: Filters, rows: torch.Tensor, best: torch.Tensor, tau: torch.Tensor, slack: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How many of ``best`` [rows, m], best first, are kept [rows], whether that is settled, and beyond rounding."""
     best = best.double()
-    scale, peak = sketch.inv_temp[rows, None], sketch.row_max[rows, None]
+    # Weights are relative to the sketch's maximum, min-p to the largest value seen here: a head's values come
+    # from a second product, whose rounding may put its maximum below that of the first.
+    scale, peak, top = sketch.inv_temp[rows, None], sketch.row_max[rows, None], best[:, :1]
     below = (best - peak) * scale
     known = ((best > tau[:, None]) & (best > float("-inf"))).sum(dim=1)  # all of these are the row's best
     whole = tau == float("-inf")
     before = torch.nn.functional.pad(below.exp().cumsum(dim=1), (1, 0))  # [rows, m + 1] mass before each rank
 
     floor = torch.where(filters.min_p > 0, filters.min_p.log(), -torch.inf)[:, None]
-    n_min_p = torch.minimum((below >= floor).sum(dim=1), known)
-    min_p_known = whole | ((tau[:, None] - peak) * scale < floor)[:, 0]
+    n_min_p = torch.minimum(((best - top) * scale >= floor).sum(dim=1), known)
+    min_p_known = whole | ((tau[:, None] - top) * scale < floor)[:, 0]
     n_top_k = torch.minimum(filters.top_k, known)
     top_k_known = whole | (filters.top_k <= known)
 
@@ -175,7 +192,7 @@ def _count_kept(
         open_ended = filters.top_k >= sketch.source.vocab
     by_sketch = open_ended & ~whole  # the normaliser of top-p is that of the whole row
     mass = torch.where(by_sketch, sketch.total[rows], before.gather(1, n_first[:, None])[:, 0])
-    error = torch.full_like(mass, EXACT_ERROR).masked_fill(by_sketch, SKETCH_ERROR)  # float64, or 1 + error is 1
+    error = torch.where(by_sketch, SKETCH_ERROR + slack * scale[:, 0], EXACT_ERROR)  # float64, or 1 + error is 1
     limit = (filters.top_p * mass)[:, None]
     room = torch.arange(best.shape[1], device=rows.device) < n_first[:, None]
 
@@ -187,7 +204,7 @@ def _count_kept(
     reached = before.gather(1, known[:, None])[:, 0] >= limit[:, 0] * (1 + error)
     top_p_known = torch.where(by_sketch, reached & (low == high), first_known)
     has_p = filters.top_p < 1
-    n = torch.minimum(torch.where(has_p, n_top_p, n_first), n_min_p)
+    n = torch.minimum(torch.where(has_p, n_top_p, n_first), n_min_p).clamp(min=1)  # 0 only in broken rows
     return n, torch.where(has_p, top_p_known, either_known), ~has_p | (low == high)
 
 
@@ -205,7 +222,7 @@ def _draw_kept(
     scale = sketch.inv_temp[rows, None]
     edges = (below * scale).exp().masked_fill_(~kept, 0.0).cumsum(dim=1)
     place, _ = find(edges, uniforms)
-    out.tokens[rows] = ids.gather(1, place)
+    out.tokens[rows] = ids.gather(1, place).clamp_(max=sketch.source.vocab - 1)  # NaN finds the last column
     chosen = below.gather(1, place)
     out.logprobs[rows] = chosen * scale - sketch.total[rows, None].log()
     out.kept_logprobs[rows] = chosen * scale - edges[:, -1:].log()

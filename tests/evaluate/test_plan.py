@@ -341,10 +341,10 @@ def test_mistakes_are_named(tmp_path, change, message):
         build_plan(build(Experiment, values(tmp_path, **change), where="test"))
 
 
-@pytest.mark.parametrize("purpose", ["sample", "prompt"])
-def test_no_two_variants_and_no_two_prompts_share_random_numbers(experiment, monkeypatch, purpose):
-    """Planted: a 64-bit hash that gives two variants one key, or two prompts one stream."""
-    made: dict[str, list[int]] = {"sample": [], "prompt": []}
+@pytest.mark.parametrize("purpose", ["sample", "prompt", "judge"])
+def test_no_two_variants_and_no_two_prompts_share_random_numbers(tmp_path, monkeypatch, purpose):
+    """Planted: a 64-bit hash that gives two variants or two askings of a judge one key, or two prompts one stream."""
+    made: dict[str, list[int]] = {"sample": [], "prompt": [], "judge": []}
 
     def hash_with_a_collision(kind, *parts):
         numbers = made[kind]
@@ -352,9 +352,14 @@ def test_no_two_variants_and_no_two_prompts_share_random_numbers(experiment, mon
         return numbers[-1]
 
     monkeypatch.setattr("serve.plan.hash64", hash_with_a_collision)
-    what = "variants 'full-base' and 'mini-base'" if purpose == "sample" else "prompts '.+' and '.+'"
+    asked_twice = values(tmp_path, second_judges=[{"judge": f"{tmp_path}/judge.yaml"}])
+    what = {
+        "sample": "variant 'full-base' and variant 'mini-base'",
+        "prompt": "prompts '.+' and '.+'",
+        "judge": "judge '(.+)' and judge '\\1', repeat 2",
+    }[purpose]
     with pytest.raises(UserError, match=f"{what} would draw the same random numbers.*Change"):
-        build_plan(experiment)
+        build_plan(build(Experiment, asked_twice, where="test"))
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,12 @@ def test_one_forward_pass_reads_all_of_them(engine, prompt, monkeypatch):
     assert len(calls) == 2  # the prompt, and the tree behind it
 
 
+TWICE = (1, 2)
+
+
 @pytest.mark.parametrize(
-    ("options", "says"), [([[1], []], "at least one token"), ([[1, 2], [1]], "begin with another")]
+    ("options", "says"),
+    [([[1], []], "at least one token"), ([[1, 2], [1]], "begin with another"), ([TWICE, TWICE], "begin with another")],
 )
 def test_answers_that_cannot_be_told_apart_are_refused(engine, prompt, options, says):
     with pytest.raises(ValueError, match=says):

@@ -1,6 +1,6 @@
 """The plugin's own work, on stand-ins for vLLM 0.31's objects; and, where vLLM is installed, that its names are right.
 
-What only a GPU can show, a server that draws through it, is for `make gpu-test` on a machine with vLLM.
+What only a GPU can show, a server that draws through it, no test here runs: `make gpu-test` is about serve/ops.
 """
 
 import dataclasses
@@ -18,12 +18,14 @@ import torch
 
 from serve import decoding, vllm_plugin
 from serve.decoding import Row
+from serve.loading import load_tokenizer
 from serve.ops.philox import signed64
 from serve.ops.sketch import sketch_logits
 from serve.ops.truncate import truncated_draw
 from serve.vllm_plugin import EXTRA, NAME, patch, register, request_problem, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
+IDS_WITH_TEXT = vllm_plugin.ids_with_text  # before a fixture takes its place
 KEY = (1 << 63) + 12345  # as large as keys get
 VOCAB, DEPTH, STEP = 300, 32, 7
 
@@ -69,6 +71,7 @@ class Sampler:
 class Runner:
     def __init__(self, slots, model):
         self.sampler, self.model, self.batch_sharder = Sampler(slots), model, None
+        self.model_config = SimpleNamespace(head_dtype=torch.float32, tokenizer="300 ids")
         self.req_states = SimpleNamespace(prompt_len=SimpleNamespace(gpu=torch.arange(slots) + 10))
 
     def sample(self, hidden_states, input_batch, grammar_output):
@@ -128,6 +131,12 @@ def patched():
     runner, sampler = type("R", (Runner,), {}), type("S", (Sampler,), {})
     patch(runner, sampler)
     return runner, sampler
+
+
+@pytest.fixture(autouse=True)
+def every_id_has_text(monkeypatch):
+    """The models below have no tokenizer; the last of the tests of heads reads a real one."""
+    monkeypatch.setattr(vllm_plugin, "ids_with_text", lambda name: int(name.split()[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -335,6 +344,38 @@ def test_a_head_that_does_more_than_a_product_is_not_taken_for_one(stand_ins, ch
     ((name, value),) = change.items()
     setattr(model.logits_processor if hasattr(model.logits_processor, name) else model.lm_head, name, value)
     assert vllm_plugin.plain_head(model) is None
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["from the head", "from logits"])
+def test_ids_without_text_are_never_drawn(stand_ins, patched, plain):
+    """As in the torch engine: the law is that of the ids with text, and top_k = vocabulary still means no limit."""
+    requests = [params(top_k=k, logprobs=0, extra_args={EXTRA: [KEY, i, 0]}) for i, k in enumerate((0, 5))]
+    model = Model(stand_ins, plain=plain)
+    runner, batch, hidden = running(patched, model, requests)
+    runner.model_config.tokenizer = "40 ids"
+    output, _, _ = runner.sample(hidden, batch, None)
+    logits = model.compute_logits(hidden[batch.logits_indices]).masked_fill(torch.arange(VOCAB) >= 40, float("-inf"))
+    tokens, logprobs = engine_draws(logits, requests, 1.0)
+    assert int(output.sampled_token_ids[0]) == int(tokens[0])
+    assert float(output.logprobs_tensors.parts[1][0, 0]) == pytest.approx(float(logprobs[0]), abs=2e-5)
+    assert int(output.sampled_token_ids.max()) < 40
+
+
+@pytest.mark.parametrize(
+    ("plain", "dtype", "ours"),
+    [(True, torch.bfloat16, True), (False, torch.float32, True), (False, torch.bfloat16, False)],
+)
+def test_logits_that_were_rounded_are_vllms(stand_ins, patched, plain, dtype, ours):
+    runner, batch, _ = running(patched, Model(stand_ins, plain=plain), [params()])
+    runner.model_config.head_dtype = dtype
+    reason = why_not(runner, batch, None)
+    assert (reason is None) == ours
+    assert ours or "logits in bfloat16" in reason
+
+
+def test_which_ids_have_text_is_read_from_the_tokenizer(tiny, tmp_path):
+    assert IDS_WITH_TEXT(str(tiny)) == len(load_tokenizer(tiny))
+    assert IDS_WITH_TEXT(str(tmp_path / "nowhere")).startswith("it is not known which ids have text")
 
 
 def test_identities_are_kept_bit_by_bit(patched):

@@ -9,6 +9,7 @@ not computed, so what a launcher returns means nothing. Prints one line of JSON 
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -76,6 +77,7 @@ def main() -> None:
     """Launch everything."""
     assert not triton.knobs.runtime.interpret, "set TRITON_INTERPRET=0: the interpreter compiles nothing"
     JITFunction.run = compile_instead
+    patch.object(torch, "empty", torch.zeros).start()  # launchers look up what no launch here has written
     counter = torch.zeros(4, dtype=torch.int64)
     triton_philox.uniforms(counter, counter, counter, counter)
     triton_philox.words(counter, counter, counter, counter)

@@ -6,6 +6,7 @@ import torch
 from serve.ops.backends import choose
 from serve.ops.choices import choice_draw, choice_score
 from serve.ops.draw import draw
+from serve.ops.philox import signed64, uniforms
 from serve.ops.rules import make_rules, pack_bits
 from serve.ops.sketch import lmhead_sketch, sketch_logits
 from serve.ops.truncate import truncated_draw
@@ -16,8 +17,15 @@ SKETCH = sketch_logits(LOGITS)
 CPU = torch.device("cpu")
 
 
+ONE = torch.ones(1, dtype=torch.int64)
+
+
 def cut(**filters):
     return truncated_draw(SKETCH, HALF, **filters)
+
+
+def cut_at(numbers):
+    return truncated_draw(SKETCH, numbers, top_k=3)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +73,61 @@ def cut(**filters):
         ),
         pytest.param(lambda: cut(top_k=0), "top_k is 0; it must be at least 1, or None", id="k-0"),
         pytest.param(lambda: cut(top_k=1.5), "top_k is 1.5; it must be an integer", id="k-fraction"),
+        pytest.param(lambda: cut(top_k=True), "top_k is True; it must be an integer", id="k-bool"),
+        pytest.param(lambda: cut(top_k=float("inf")), "top_k is inf; it must be an integer", id="k-inf"),
+        pytest.param(lambda: cut(top_k=float("nan")), "top_k is nan; it must be an integer", id="k-nan"),
+        pytest.param(
+            lambda: cut(top_k=torch.tensor([1.9, 2.0])),
+            "top_k has dtype float32; it must be int32 or int64",
+            id="k-of-floats",
+        ),
+        pytest.param(lambda: cut(top_p=None), "top_p is None; it must be a number, and above 0", id="p-none"),
+        pytest.param(lambda: cut(min_p="0.5"), "min_p is '0.5'; it must be a number", id="min-p-text"),
+        pytest.param(
+            lambda: sketch_logits(LOGITS, None), "inv_temp is None; it must be a number", id="temperature-none"
+        ),
+        pytest.param(
+            lambda: draw(SKETCH, HALF * 4),
+            "uniforms of row 0 hold 2.0; each must be above 0 and below 1",
+            id="uniform-2",
+        ),
+        pytest.param(lambda: cut_at(HALF * float("nan")), "uniforms of row 0 hold nan", id="uniform-nan"),
+        pytest.param(lambda: choice_draw(HALF.log(), HALF - 0.5), "uniforms of row 0 hold 0.0", id="uniform-0"),
+        pytest.param(lambda: uniforms(1, ONE, -ONE, ONE), r"draw is -1; it must be from 0 to 2\^32 - 1", id="draw"),
+        pytest.param(lambda: uniforms(1, ONE, ONE, ONE << 32), r"position is 4294967296; it must be", id="position"),
+        pytest.param(lambda: uniforms(2**64, ONE, ONE, ONE), r"key .*is 18446744073709551616; .* 2\^64 - 1", id="key"),
+        pytest.param(lambda: signed64(-1), r"is -1; it must be from 0 to 2\^64 - 1", id="stream"),
+        pytest.param(
+            lambda: make_rules(2, 40, CPU, n_valid=3.5), "n_valid is 3.5; it must be an integer", id="n-valid-fraction"
+        ),
+        pytest.param(
+            lambda: make_rules(2, 40, CPU, repetition=1.3), "repetition is 1.3 but seen is None", id="penalty-of-none"
+        ),
+        pytest.param(
+            lambda: make_rules(2, 40, CPU, presence=torch.ones(2)),
+            "presence is .* but seen is None",
+            id="presence-of-none",
+        ),
+        pytest.param(
+            lambda: make_rules(2, 40, CPU, seen=torch.zeros(2, 2).int(), repetition=float("inf")),
+            "repetition is inf; it must be above 0, and finite",
+            id="penalty-inf",
+        ),
+        pytest.param(
+            lambda: draw(sketch_logits(LOGITS.double()), HALF, backend="triton"),
+            "backend is 'triton'; for float64 it must be 'torch'",
+            id="float64-draw",
+        ),
+        pytest.param(
+            lambda: truncated_draw(sketch_logits(LOGITS.double()), HALF, top_k=3, backend="triton"),
+            "backend is 'triton'; for float64",
+            id="float64-cut",
+        ),
+        pytest.param(
+            lambda: choice_score(sketch_logits(LOGITS.double()), torch.tensor([[1], [2]]), backend="triton"),
+            "backend is 'triton'; for float64",
+            id="float64-choices",
+        ),
         pytest.param(lambda: cut(top_k=torch.tensor([3, 0])), "top_k of row 1 is 0", id="k-0-of-a-row"),
         pytest.param(lambda: cut(top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1", id="p-0"),
         pytest.param(lambda: cut(top_p=1.1), "top_p is 1.1", id="p-above-1"),

@@ -43,6 +43,17 @@ def test_from_hidden_states(dtype, backend):
         torch.testing.assert_close(scores.logprobs[row, : len(listed)], exact[row, listed], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_rows_unchecked_say_so(value, backend):
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    good = choice_score(sketch_logits(logits, tile=16), IDS)
+    logits[1, 195] = value  # a token that is not listed
+    scores = choice_score(sketch_logits(logits, tile=16, check=False, backend=backend), IDS, backend=backend)
+    assert torch.isnan(scores.logprobs[1, :2]).all()
+    assert torch.isnan(scores.mass[1])
+    torch.testing.assert_close(scores.logprobs[[0, 2]], good.logprobs[[0, 2]], atol=2e-5, rtol=0)
+
+
 def test_scores_and_draws_agree(numbers):
     """Sampling as in a paper and scoring must say the same."""
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(2)) * 2

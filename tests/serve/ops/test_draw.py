@@ -9,8 +9,9 @@ import torch
 
 from serve.ops import oracles, philox, reference
 from serve.ops.draw import draw
-from serve.ops.rules import make_rules, pack_bits
+from serve.ops.rules import NO_RULES, make_rules, pack_bits
 from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.sources import HeadSource
 
 VOCABULARY = 151_936  # Qwen2.5
 
@@ -187,6 +188,63 @@ def test_rows_and_draws_keep_to_themselves(n_rows, numbers):
         assert torch.equal(getattr(part, name)[:, 1:2], getattr(single, name)), name
 
 
+@pytest.mark.parametrize("rows", [[3], [5, 1], [4, 0, 6, 2, 5, 1, 3]], ids=["one", "two", "permuted"])
+def test_the_kernels_keep_rows_to_themselves(rows, numbers):
+    pytest.importorskip("triton")
+    logits, uniforms = logits_of(7, 200), numbers(7, 3)
+    whole, part = (
+        draw(sketch_logits(x, 0.8, raw=True, tile=16, backend="triton"), u, backend="triton")
+        for x, u in ((logits, uniforms), (logits[rows], uniforms[rows]))
+    )
+    for name in ("tokens", "logprobs", "raw_logprobs"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+@pytest.mark.parametrize("rows", [[3], [5, 1], [4, 0, 6, 2, 5, 1, 3]], ids=["one", "two", "permuted"])
+def test_small_products_do_not_depend_on_the_batch(rows):
+    """Bit by bit: the tiles and tokens that the kernels look at again from hidden states."""
+    triton_tiles = pytest.importorskip("serve.ops.triton_tiles")
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = (torch.randn(n, 200, generator=generator).bfloat16() for n in (7, 90))
+    ids, tiles = torch.randint(90, (7, 3), generator=generator), torch.tensor([0, 5, 2, 3, 1, 4, 0])
+    whole, part = HeadSource(hidden, weight, NO_RULES), HeadSource(hidden[rows], weight, NO_RULES)
+    assert torch.equal(triton_tiles.values_at(whole, ids)[rows], triton_tiles.values_at(part, ids[rows]))
+    looked = triton_tiles.tile_values(whole, torch.arange(7), tiles, 16)
+    assert torch.equal(looked[rows], triton_tiles.tile_values(part, torch.arange(len(rows)), tiles[rows], 16))
+
+
+@pytest.mark.parametrize("way", ["whole", "chunks"])
+def test_flips_among_batches_are_few_where_a_product_rounds_by_its_shape(way, numbers):
+    """Of 1,280 draws a batch, with logits as far apart as real ones: a flip needs a uniform within 1e-6 of an edge."""
+    generator = torch.Generator().manual_seed(7)
+    hidden, weight = torch.randn(64, 896, generator=generator), torch.randn(3000, 896, generator=generator) * 0.1
+    uniforms = numbers(64, 20)
+    whole = draw(lmhead_sketch(hidden, weight, backend=way), uniforms)
+    for size in (1, 2, 7):
+        rows = torch.randperm(64, generator=generator)[:size]
+        part = draw(lmhead_sketch(hidden[rows], weight, backend=way), uniforms[rows])
+        same = part.tokens == whole.tokens[rows]
+        assert int((~same).sum()) <= 1
+        torch.testing.assert_close(part.logprobs[same], whole.logprobs[rows][same], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["whole", "chunks"])
+def test_law_of_draws_from_the_head(way, numbers, law, monkeypatch):
+    """By both transforms and chi-square, 5,000 draws of four rows each; planted: the temperature off by a tenth."""
+    monkeypatch.setattr("serve.ops.sources._COLUMNS", 640)
+    generator = torch.Generator().manual_seed(8)
+    hidden = torch.randn(4, 64, generator=generator).bfloat16()
+    weight = (torch.randn(4096, 64, generator=generator) * 0.3).bfloat16()
+    exact = law((hidden.double() @ weight.double().T).float())
+    for inv_temp in (1.0, 1 / 1.1):
+        tokens = draw(lmhead_sketch(hidden, weight, inv_temp, backend=way), numbers(4, 5000)).tokens
+        found = [oracles.chi_square(t, p) for t, p in zip(tokens.numpy(), exact, strict=True)]
+        if inv_temp == 1:
+            assert min(*found, *p_values(tokens, exact)) > 1e-3
+        else:
+            assert min(*found, *p_values(tokens, exact)) < 1e-6
+
+
 @pytest.mark.parametrize("n", [1, 20])
 @pytest.mark.parametrize("way", ["whole", "chunks", "triton"])
 def test_draws_from_the_head(way, n, numbers, law):
@@ -247,10 +305,12 @@ def test_ruled_out_tokens_are_never_drawn(uniform, backend):
     assert int(tokens) == (5 if uniform < 0.5 else 71)
 
 
-def test_broken_rows_unchecked_harm_no_other_row(backend):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [4, 50, 66], ids=["first-tile", "last-whole-tile", "short-tile"])
+def test_broken_rows_unchecked_harm_no_other_row(place, value, backend):
     """As in a hot loop that must not wait for the GPU: the broken row's log-probability says so."""
     logits = torch.zeros(3, 70)
-    logits[1, 4] = float("nan")
+    logits[1, place] = value
     uniforms = torch.full((3, 1), 0.5, dtype=torch.float64)
     drawn = draw(sketch_logits(logits, tile=16, check=False, backend=backend), uniforms, backend=backend)
     assert drawn.tokens[[0, 2]].tolist() == [[35], [35]]

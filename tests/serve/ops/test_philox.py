@@ -114,7 +114,7 @@ def test_the_largest_word_stays_below_one():
 
 
 def test_out_of_range_keys_are_refused():
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"must be from 0 to 2\^64 - 1"):
         split64(2**64)
 
 

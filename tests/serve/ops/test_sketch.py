@@ -7,6 +7,7 @@ import torch
 from serve.ops import reference
 from serve.ops.rules import NO_RULES, make_rules, pack_bits, unpack_bits
 from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.sources import HeadSource
 
 NATS = 2e-5
 TEMPERATURES = torch.tensor([1.0, 0.7, 0.0, 1.4, 2.0, 1.0, 0.5, 1.0], dtype=torch.float64)
@@ -126,6 +127,20 @@ def test_rules_reach_logits_that_are_never_written(way, monkeypatch):
     rules, changed = rules_for(hidden @ weight.T)
     sketch = lmhead_sketch(hidden, weight, rules=rules, tile=32, backend=way)
     torch.testing.assert_close(sketch.log_z, changed.double().logsumexp(dim=1), atol=NATS, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 96), (torch.float32, 301)])
+def test_a_narrow_matrix_is_widened_in_pieces(dtype, most, monkeypatch):
+    """As a whole it would be held a second time, in float32; a float32 matrix is not copied."""
+    monkeypatch.setattr("serve.ops.sources._WIDENED", 32 * 100)
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 32, generator=generator).to(dtype) for n in (8, 301))
+    sizes = [c.stop - c.start for c in HeadSource(hidden, weight, NO_RULES).column_slices(32, "whole")]
+    assert (max(sizes), sum(sizes)) == (most, 301)
+    expected = (hidden.double() @ weight.double().T).logsumexp(dim=1)
+    torch.testing.assert_close(
+        lmhead_sketch(hidden, weight, tile=32, backend="whole").log_z, expected, atol=NATS, rtol=0
+    )
 
 
 def test_bits_go_in_and_out():

@@ -1,5 +1,7 @@
 """Kept sets equal the float64 reference on every row, ties included, and draws follow what is kept."""
 
+import dataclasses
+import importlib
 import itertools
 
 import numpy as np
@@ -7,8 +9,11 @@ import pytest
 import torch
 
 from serve.ops import oracles, reference
+from serve.ops.choices import choice_draw, choice_score
 from serve.ops.draw import draw
+from serve.ops.rules import NO_RULES
 from serve.ops.sketch import lmhead_sketch, sketch_logits
+from serve.ops.sources import HeadSource
 from serve.ops.truncate import truncated_draw
 
 SCALES = torch.tensor([1.0, 0.7, 1.4, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
@@ -87,6 +92,49 @@ def test_the_kernels_on_logits_that_were_never_written(numbers, monkeypatch):
         assert torch.equal(made.tokens, plain.tokens)
 
 
+@pytest.mark.parametrize("min_p", [1.0, 0.5])
+def test_min_p_is_relative_to_the_largest_value_of_its_own_product(min_p, numbers, backend, monkeypatch):
+    """A head's values are computed twice, and the second product may round the largest below the sketch's maximum."""
+    n_rows, vocab = (64, 3000) if backend == "torch" else (3, 300)
+    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
+        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 64)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_rows, 896, generator=generator).bfloat16()
+    weight = (torch.randn(vocab, 896, generator=generator) * 0.1).bfloat16()
+    if backend == "triton":
+        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 256)
+    sketch = lmhead_sketch(hidden, weight, tile=16, backend="whole")
+    sketch.row_max.add_(2e-6)  # what another product's rounding does; some rows of the first test have it of themselves
+    made = truncated_draw(sketch, numbers(n_rows, 1), min_p=min_p, backend=backend)
+    logits = hidden.double() @ weight.double().T
+    law = torch.softmax(logits, dim=1)
+    kept = law >= min_p * law.amax(dim=1, keepdim=True)
+    assert torch.equal(made.n_kept, kept.sum(dim=1))
+    assert kept.gather(1, made.tokens).all()
+    assert made.certified.all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.full)])
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 70}])
+def test_broken_rows_unchecked_get_a_token_and_no_certificate(value, filters, numbers, backend, monkeypatch):
+    """In the first tile, the last whole one and the short one; among the tiles opened, or read again as a whole."""
+    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
+        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 32)
+    if backend == "triton":
+        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 64)
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(3))
+    broken, places = [0, 2, 4], [3, 50, 66]
+    logits[broken, places] = value
+    sketch, uniforms = sketch_logits(logits, tile=16, check=False, backend=backend), numbers(5, 4)
+    made = truncated_draw(sketch, uniforms, backend=backend, **filters)
+    assert ((made.tokens >= 0) & (made.tokens < 70)).all()
+    assert made.certified.tolist() == [False, True, False, True, False]
+    assert torch.isnan(made.logprobs[broken]).all()
+    assert (made.n_kept >= 1).all()
+    good = truncated_draw(sketch_logits(logits[[1, 3]], tile=16), uniforms[[1, 3]], **filters)
+    assert torch.equal(made.tokens[[1, 3]], good.tokens)
+
+
 def test_rows_may_have_filters_of_their_own(hard_rows, numbers, backend):
     logits, uniforms = hard_rows(300), numbers(8, 2)
     top_k = torch.tensor([300, 5, 300, 300, 2, 300, 40, 300], dtype=torch.int32)
@@ -153,6 +201,41 @@ def test_trusting_the_normaliser_is_caught(numbers, monkeypatch):
     assert int(truncated_draw(sketch, numbers(1, 1), top_p=float(p[10] - 1e-9)).n_kept) != 11
 
 
+@pytest.mark.parametrize("fault", [False, True], ids=["", "planted-fault"])
+def test_a_second_product_that_rounds_differently_is_not_trusted(fault, numbers, backend, monkeypatch):
+    """The product that looks again gives 2e-5 more above 2 than the sketch's; a boundary of top-p lies within that.
+
+    Planted fault: the difference taken for none.
+    """
+    triton = backend == "triton"
+    module = importlib.import_module("serve.ops.triton_truncate" if triton else "serve.ops.truncate")
+    monkeypatch.setattr(module, "OPENED", 64)
+    monkeypatch.setattr(module, "MARGIN", 0.0 if fault else 2.0)
+
+    def rounded(values):
+        return torch.where(values > 2, values + 2e-5, values)
+
+    if triton:
+        monkeypatch.setattr(module, "_BLOCK", 256)
+        tile_values = module.tile_values
+        monkeypatch.setattr(module, "tile_values", lambda *a: rounded(tile_values(*a)))
+    else:
+        tiles = HeadSource.tiles
+        monkeypatch.setattr(HeadSource, "tiles", lambda *a: rounded(tiles(*a)))
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(1, 32, generator=generator), torch.randn(400, 32, generator=generator) * 0.3
+    sketch = lmhead_sketch(hidden, weight, tile=16, backend="whole")
+    again = (HeadSource(hidden, weight, NO_RULES), torch.zeros(25, dtype=torch.int64), torch.arange(25), 16)
+    every = module.tile_values(*again) if triton else HeadSource.tiles(*again)
+    p = np.sort(reference.probabilities(every.flatten().numpy()))[::-1].cumsum()
+    found = []
+    for place in (3,) if triton else (3, 6, 10):
+        for nudge, expected in ((-1e-9, place + 1), (1e-9, place + 2)):
+            made = truncated_draw(sketch, numbers(1, 1), top_p=float(p[place] + nudge), backend=backend)
+            found.append(int(made.n_kept) == expected and bool(made.certified))
+    assert all(found) != fault
+
+
 def test_law_of_what_is_kept(numbers):
     logits = torch.randn(1, 4096, generator=torch.Generator().manual_seed(9)) * 2
     made = truncated_draw(sketch_logits(logits), numbers(1, 20_000), top_k=200, top_p=0.9)
@@ -176,6 +259,79 @@ def test_rows_keep_to_themselves(n_rows, numbers, opened):
     part = truncated_draw(sketch_logits(logits[rows], tile=16), uniforms[rows], **filters)
     for name in ("tokens", "logprobs", "kept_logprobs", "n_kept", "certified"):
         assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [[2], [3, 0, 1]], ids=["one", "permuted"])
+def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
+    """Bit by bit; rows settled among the tiles opened, and rows read again as a whole."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 32)
+    monkeypatch.setattr(triton_truncate, "_BLOCK", 128)
+    logits, uniforms = torch.randn(4, 200, generator=torch.Generator().manual_seed(6)) * 2, numbers(4, 2)
+    filters = {"top_k": torch.tensor([3, 50, 3, 50]), "min_p": 0.01}
+    whole = truncated_draw(sketch_logits(logits, tile=16, backend="triton"), uniforms, backend="triton", **filters)
+    sketch = sketch_logits(logits[rows], tile=16, backend="triton")
+    filters["top_k"] = filters["top_k"][rows]
+    part = truncated_draw(sketch, uniforms[rows], backend="triton", **filters)
+    for name in ("tokens", "logprobs", "kept_logprobs", "n_kept", "certified"):
+        assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
+
+
+@pytest.mark.full
+def test_law_of_the_kernels(numbers, monkeypatch):
+    """A hundred thousand draws in the interpreter at V = 4096; planted: the last kept token never drawn."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    monkeypatch.setattr(triton_truncate, "OPENED", 1024)
+    logits = torch.randn(2, 4096, generator=torch.Generator().manual_seed(9)) * 2
+    sketch, filters = sketch_logits(logits, tile=64, backend="triton"), {"top_k": 100, "top_p": 0.8}
+    tokens = truncated_draw(sketch, numbers(2, 50_000), backend="triton", **filters).tokens
+    for row in range(2):
+        kept = reference.kept_set(logits[row].numpy(), **filters)
+        p = np.zeros(4096)
+        p[kept] = reference.probabilities(logits[row].numpy())[kept]
+        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) > 1e-3
+        p[kept[-1]] = 0
+        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
+def test_everything_that_is_read_was_written(hard_rows, numbers, backend, monkeypatch):
+    """Outputs of draws, cuts and choices start as NaN, as those of the sketch do in its own test."""
+    if backend == "triton":
+        triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+        monkeypatch.setattr(triton_truncate, "OPENED", 64)
+        monkeypatch.setattr(triton_truncate, "_BLOCK", 128)
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
+    logits, uniforms = hard_rows(200)[4:], numbers(4, 3)
+    sketch = sketch_logits(logits, SCALES[4:], raw=True, tile=16, backend=backend)
+    ids = logits.topk(2).indices
+
+    def made():
+        cut = truncated_draw(sketch, uniforms, top_k=5, min_p=0.01, backend=backend)
+        scores = choice_score(sketch, ids, backend=backend)
+        return (
+            draw(sketch, uniforms, backend=backend),
+            cut,
+            scores,
+            choice_draw(scores.logprobs, uniforms, backend=backend),
+        )
+
+    clean = made()
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args, plain=plain, **kwargs):
+            out = plain(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-7)
+
+        monkeypatch.setattr(torch, name, poisoned)
+    again = made()
+    assert torch.equal(clean[-1], again[-1])
+    for before, after in zip(clean[:-1], again[:-1], strict=True):
+        for field in dataclasses.fields(before):
+            one, other = getattr(before, field.name), getattr(after, field.name)
+            assert one is None or torch.equal(one, other), field.name
 
 
 def test_raw_logprobs_are_those_of_temperature_one(numbers, backend):
