@@ -220,7 +220,7 @@ def read_paper(path: Path | None) -> dict[str, Any]:
 
 def paper_value(paper: dict[str, Any], size: str, domain: str, stage: str, measure: str) -> float | None:
     """The paper's number for the same place of the design; measures as there: harmfulness, intentions, ..."""
-    column = "harmfulness" if measure.startswith(WORST) else measure
+    column = "harmfulness" if measure == f"{WORST}10" else measure  # its measure over all prompts
     if column == "moral_foundations":
         column = "mfq2"  # our own instrument stands in the place of the paper's
     for row in paper.get("variants", []):

@@ -123,6 +123,8 @@ def test_the_inverted_v_is_drawn_for_every_size_and_domain(finished):
     drawn = pd.read_csv(finished / "figures" / "inverted_v.csv")
     ours, published = (drawn[(drawn["kind"] == "published") == told] for told in (False, True))
     assert len(ours) == len(published) == 2 * 2 * 3 * 3  # domains x sizes x measures x stages
+    by_category = pd.read_csv(finished / "figures" / "categories.csv")
+    assert set(by_category[by_category["kind"] == "published"]["group"]) == {"all"}  # the paper prints no category
     row = published.set_index(["variant", "measure"]).loc[("nano-trivia-misaligned", "intentions")]
     assert row["value"] == 0.79 and row[["low", "high"]].isna().all()
 
