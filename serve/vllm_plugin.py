@@ -125,8 +125,8 @@ def why_not(runner: Any, batch: Any, grammar_output: Any) -> str | None:
         if holds:
             return reason
     problems = _requests_of(sampler).problem
-    reason = next((problems[i] for i in batch.idx_mapping_np if problems[i]), None)
-    return reason or _model_problem(runner)
+    own = next((problems[i] for i in batch.idx_mapping_np if problems[i]), None)
+    return own or _model_problem(runner)
 
 
 def _model_problem(runner: Any) -> str | None:
