@@ -125,15 +125,14 @@ def why_not(runner: Any, batch: Any, grammar_output: Any) -> str | None:
         if holds:
             return reason
     problems = _requests_of(sampler).problem
-    own = next((problems[i] for i in batch.idx_mapping_np if problems[i]), None)
-    return own or _model_problem(runner)
+    return next((str(problems[i]) for i in batch.idx_mapping_np if problems[i]), None) or _model_problem(runner)
 
 
 def _model_problem(runner: Any) -> str | None:
     """Why the core cannot draw from this model as the torch engine does; looked at once."""
     if not hasattr(runner, "_candor_problem"):
         n_text = runner._candor_text = ids_with_text(runner.model_config.tokenizer)
-        problem = n_text if isinstance(n_text, str) else None
+        problem: str | None = n_text if isinstance(n_text, str) else None
         dtype = runner.model_config.head_dtype
         if problem is None and dtype != torch.float32 and plain_head(runner.model) is None:
             problem = (
