@@ -280,12 +280,13 @@ def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
 
 @pytest.mark.full
 def test_law_of_the_kernels(numbers, monkeypatch):
-    """A hundred thousand draws in the interpreter at V = 4096; planted: the last kept token never drawn."""
+    """Eight thousand draws in the interpreter, which takes them one by one, at V = 4096; planted: the last token kept
+    is never drawn."""
     triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
     monkeypatch.setattr(triton_truncate, "OPENED", 1024)
     logits = torch.randn(2, 4096, generator=torch.Generator().manual_seed(9)) * 2
     sketch, filters = sketch_logits(logits, tile=64, backend="triton"), {"top_k": 100, "top_p": 0.8}
-    tokens = truncated_draw(sketch, numbers(2, 50_000), backend="triton", **filters).tokens
+    tokens = truncated_draw(sketch, numbers(2, 4000), backend="triton", **filters).tokens
     for row in range(2):
         kept = reference.kept_set(logits[row].numpy(), **filters)
         p = np.zeros(4096)
