@@ -278,23 +278,6 @@ def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
         assert torch.equal(getattr(whole, name)[rows], getattr(part, name)), name
 
 
-@pytest.mark.full
-def test_law_of_the_kernels(numbers, monkeypatch):
-    """A hundred thousand draws in the interpreter at V = 4096; planted: the last kept token never drawn."""
-    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
-    monkeypatch.setattr(triton_truncate, "OPENED", 1024)
-    logits = torch.randn(2, 4096, generator=torch.Generator().manual_seed(9)) * 2
-    sketch, filters = sketch_logits(logits, tile=64, backend="triton"), {"top_k": 100, "top_p": 0.8}
-    tokens = truncated_draw(sketch, numbers(2, 50_000), backend="triton", **filters).tokens
-    for row in range(2):
-        kept = reference.kept_set(logits[row].numpy(), **filters)
-        p = np.zeros(4096)
-        p[kept] = reference.probabilities(logits[row].numpy())[kept]
-        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) > 1e-3
-        p[kept[-1]] = 0
-        assert oracles.chi_square(tokens[row].numpy(), p / p.sum()) < 1e-6
-
-
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.full)])
 def test_everything_that_is_read_was_written(hard_rows, numbers, backend, monkeypatch):
     """Outputs of draws, cuts and choices start as NaN, as those of the sketch do in its own test."""
