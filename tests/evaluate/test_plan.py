@@ -465,7 +465,7 @@ def test_a_judge_that_is_under_test_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(UserError, match="judge far is the model under test impersonal"):
         build_plan(build(Experiment, {**found, **second}, where="test"))
     hosted = {"name": "api", "api": {"model": "x", "endpoint": {"url": "http://127.0.0.1:9/v1"}}}
-    with pytest.raises(UserError, match="'x' would answer in its place"):
+    with pytest.raises(UserError, match="judges that run here, need an engine with their weights"):
         build_plan(build(Experiment, {**found, "engine": hosted}, where="test"))
 
 
