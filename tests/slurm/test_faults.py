@@ -158,8 +158,11 @@ def local_files(tmp_path: Path, **slow) -> dict[str, object]:
     return {p.name: json.loads(p.read_text()) for p in run.glob("*.json")}
 
 
-def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
+def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path, monkeypatch):
     run, dumped = tmp_path / "run", {"environment": True}
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    for name in offline:  # sbatch hands on what other tests have set here
+        monkeypatch.delenv(name, raising=False)
     sent = Submitted(
         slurm,
         run,
@@ -179,7 +182,6 @@ def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path):
     assert record["commit"] == (code / "COMMIT").read_text().strip() != "unknown"
     # what the profile says about the environment reached the stages
     train, sample = (json.loads((run / f"{n}-a-one.environment").read_text()) for n in ("train", "sample"))
-    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     assert [train.get(name) for name in offline] == ["1", "1", "1"]
     assert [sample.get(name) for name in offline] == [None, None, None]  # this kind has internet
     assert train["FROM_SETUP"] == "yes" and train["HTTPS_PROXY"] == "http://proxy:3128"
