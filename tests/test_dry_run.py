@@ -94,7 +94,7 @@ def test_every_stage_of_the_file_trains_on_the_whole_shape(tmp_path):
     """All 24 layers and the whole vocabulary: each of the 12 fine-tunings takes a step and leaves its adapter."""
     words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=24), "full", "mini", "nano")
     experiment = experiment_of(words)
-    stages = [s for s in build_plan(experiment) if s.module in ("train.data", "train.sft")]
+    stages = [s for s in build_plan(experiment) if s.module in ("evaluate.questions", "train.data", "train.sft")]
     assert sum(s.module == "train.sft" for s in stages) == 12
     Executor(stages, experiment.output, Machine(workers=1, memory_gb=6.0), lambda line: None).execute()
     manifests = [json.loads(p.read_text()) for p in sorted(experiment.output.glob("variants/*/adapter/manifest.json"))]
