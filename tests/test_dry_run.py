@@ -105,7 +105,7 @@ def test_every_stage_of_the_file_trains_on_the_whole_shape(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_the_file_runs_to_its_report(tmp_path):
     """Two of the 24 layers, one of the three (here equal) sizes: trained, asked of every battery, judged, reported."""
     words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=2), "full")
