@@ -25,8 +25,9 @@ nano: .venv/installed-$(DEVICE)
 nano-full: .venv/installed-$(DEVICE)
 	$(PY) -m evaluate.experiment configs/experiments/nano_full.yaml device=$(DEVICE)
 
+# a process per core with one thread each; a file's tests stay together, because they share what they set up
 test: .venv/installed-$(DEVICE)
-	$(PY) -m pytest -m "not full and not gpu and not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not full and not gpu and not slow"
 
 test-full: .venv/installed-$(DEVICE) .venv/browser .venv/training vllm slurm
 	$(PY) -m pytest -m "full and not gpu and not slow"
