@@ -206,7 +206,12 @@ class Element:
 
     def _launch(self, stage: Stage, command: Sequence[str], log: Path, check: Callable[[], None]) -> Answer | None:
         """The stage in several processes, started by srun on every node of the job; None when told to stop."""
+        for output in stage.outputs:
+            # several processes do not wait for a claim (train/sft.py), and that of a turn whose node died lasts on
+            with claimed(output, wait=True):
+                pass
         with log.open("ab") as file:
+            begins = file.tell()
             process = subprocess.Popen(command, stdout=file, stderr=file)
             while process.poll() is None:
                 time.sleep(_LOOK_SECONDS)
@@ -218,6 +223,8 @@ class Element:
                     process.kill()
                     return None
         code = process.returncode
+        if code and (reason := _told_in(log, begins)):
+            return Answer(False, reason, user_error=True)
         return Answer(code == 0, f"{command[0]} ended with status {code}")
 
     def _patience(self) -> float:
@@ -264,9 +271,20 @@ class Element:
             sys.stderr.flush()
 
 
+def _told_in(log: Path, begins: int) -> str:
+    """What the first of a stage's processes that a person's mistake ended said of it (candor/errors.py); or nothing."""
+    with log.open("rb") as file:
+        file.seek(begins)
+        for line in file.read().decode(errors="replace").splitlines():
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+    return ""
+
+
 def main(argv: list[str]) -> None:
     """Run one element and end with the status that element.sh understands."""
     folder, job, index = argv
+    os.chdir(read(Path(folder) / "about.json")["from"])  # a container may begin elsewhere
     sys.exit(Element(Path(folder), job, int(index)).execute())
 
 

@@ -25,6 +25,17 @@ run_requeueable() {
   return "$code"
 }
 
+# Variables that a container needs, the named ones and ours, as words for env(1): not every container keeps those of
+# outside (enroot, apptainer --cleanenv).
+hand_over() {
+  local name
+  HANDED=()
+  for name in "$@" PYTHONPATH PYTHONSAFEPATH HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_DATASETS_OFFLINE \
+    CUDA_VISIBLE_DEVICES TMPDIR "${!CANDOR@}" "${!SLURM@}"; do
+    [[ ! -v $name ]] || HANDED+=("$name=${!name}")
+  done
+}
+
 # A copy of the code at its commit, so that edits made while jobs wait in the queue change nothing.
 # An editable install points at the original whatever the folder, so the copy must come first on PYTHONPATH.
 freeze_code() {
