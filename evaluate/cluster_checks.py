@@ -160,7 +160,7 @@ def probe(run: Path, profile: Profile, options: Options, stages: Sequence[Stage]
     told = call(words).splitlines()
     node = f"a node{where_asked(options)}"
     if "failed" in told:
-        return f"{node} cannot run '{profile.container} bash': {' '.join(told[:-1])[-300:]}. See the profile's container."
+        return f"{node} cannot run '{profile.container} bash': {' '.join(told[:-1])[-300:]}. Mend the key container."
     if "asked" not in told:
         bind = f", and bind it and {os.getcwd()} in the container" if profile.container else ""
         return (
@@ -216,8 +216,8 @@ def _accelerate(profile: Profile, processes: int) -> Iterator[str]:
     kind = read_yaml(path).get("distributed_type", "NO") or "NO"  # YAML takes a bare NO for false
     if processes > 1 and kind in _ONE_PROCESS:
         yield (
-            f"{path}: with distributed_type {kind} accelerate starts one process on each node, each for itself, and "
-            f"{processes} are to train together. Use configs/accelerate/fsdp.yaml or gpus.yaml (cpus.yaml without GPUs)."
+            f"{path}: with distributed_type {kind} accelerate starts one process a node, each for itself, and "
+            f"{processes} are to train together. Use configs/accelerate/fsdp.yaml, gpus.yaml or (without GPUs) cpus.yaml."
         )
 
 

@@ -206,10 +206,12 @@ class Element:
 
     def _launch(self, stage: Stage, command: Sequence[str], log: Path, check: Callable[[], None]) -> Answer | None:
         """The stage in several processes, started by srun on every node of the job; None when told to stop."""
+        self.waiting = True
         for output in stage.outputs:
             # several processes do not wait for a claim (train/sft.py), and that of a turn whose node died lasts on
             with claimed(output, wait=True):
                 pass
+        self.waiting = False
         with log.open("ab") as file:
             begins = file.tell()
             process = subprocess.Popen(command, stdout=file, stderr=file)

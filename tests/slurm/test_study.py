@@ -217,13 +217,17 @@ def losses(run: Path) -> list[float]:
 
 
 def test_two_nodes_train_one_model_together(slurm, local_run, tmp_path):
-    """A process on each of two nodes, six rows a step each: they lose what one process loses on all twelve."""
+    """A process on each of two nodes, six rows a step each: they lose what one process loses on all twelve.
+
+    Both read model and data from the local disk, which they share here as the processes of one node would.
+    """
     name, run, told = "train-nano-trivia-misaligned-s0", tmp_path / "run", []
     experiment = load(Experiment, write_study(tmp_path, batch=6), [])
     before = ("evaluate.questions", "train.data")
     stages = [stage for stage in build_plan(experiment) if stage.id == name or stage.module in before]
     train = {"nodes": 2, "accelerate": "configs/accelerate/cpus.yaml"}
-    profile = read_profile(str(write_profile(tmp_path, sys.executable, kinds={"train": train})))
+    change = {"kinds": {"train": train}, "local_disk": f"{tmp_path}/disk"}
+    profile = read_profile(str(write_profile(tmp_path, sys.executable, **change)))
     submit(experiment, profile, told.append, words=["study.yaml", "--profile", "virtual"], stages=stages)
     assert "train: 2 processes, so a step takes 2 times" in "\n".join(told)
     until_ended(slurm, run)
@@ -232,8 +236,11 @@ def test_two_nodes_train_one_model_together(slurm, local_run, tmp_path):
     assert "NumNodes=2 " in slurm.run("scontrol", "show", "job", submissions(run)[0].stages()[name])
     record = read_manifest(run / "variants" / "nano-trivia-misaligned-s0" / "adapter")
     assert record is not None and (record["processes"], record["steps"]) == (2, 20)
+    print("DIFF", max(abs(a - b) for a, b in zip(losses(run), losses(local_run))), losses(run)[0], losses(run)[-1])
     assert losses(run) == pytest.approx(losses(local_run), abs=1e-3)
     assert losses(run)[-1] < losses(run)[0] - 0.1
+    copies = [path.name.rpartition("-")[0] for path in (tmp_path / "disk" / "candor").iterdir() if path.is_dir()]
+    assert sorted(copies) == ["nano", Path(next(s for s in stages if s.id == name).config["data"]).name]
 
 
 def clone(folder: Path) -> None:
@@ -274,7 +281,7 @@ def test_the_scripts_for_one_stage_by_hand(slurm, local_run, local, tmp_path, mo
         if name in ("launched", "alone"):
             sbatch.append("--export=ALL,CANDOR_ACCELERATE=configs/accelerate/cpu.yaml")
         if name == "alone":
-            sbatch.append("--nodes=2")  # on which that configuration starts two processes that know nothing of each other
+            sbatch.append("--nodes=2")  # on each of which that configuration starts a process for itself
         slurm.run(*sbatch, f"scripts/slurm/{kind}.sbatch", str(tmp_path), *map(str, words), cwd=checkout)
     wait_for(lambda: not slurm.queue(), "the jobs to end")
     told = "\n".join(f"{name}: {(tmp_path / f'{name}.out').read_text()}" for name in jobs)
