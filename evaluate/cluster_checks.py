@@ -216,8 +216,8 @@ def _accelerate(profile: Profile, processes: int) -> Iterator[str]:
     kind = read_yaml(path).get("distributed_type", "NO") or "NO"  # YAML takes a bare NO for false
     if processes > 1 and kind in _ONE_PROCESS:
         yield (
-            f"{path}: with distributed_type {kind} accelerate starts one process a node, each for itself, and "
-            f"{processes} are to train together. Use configs/accelerate/fsdp.yaml, gpus.yaml or (without GPUs) cpus.yaml."
+            f"{path}: with distributed_type {kind} accelerate starts one process a node for itself, and "
+            f"{processes} are to train together. Use configs/accelerate/fsdp.yaml or gpus.yaml; without GPUs cpus.yaml."
         )
 
 

@@ -219,12 +219,14 @@ class Element:
                 time.sleep(_LOOK_SECONDS)
                 check()
                 if self.signal:
-                    process.terminate()  # continues from its last state
+                    process.send_signal(self.signal)  # which srun hands on to every node
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(self._patience())
                     process.kill()
-                    return None
+                    process.wait()
         code = process.returncode
+        if code and self.signal:
+            return None
         if code and (reason := _told_in(log, begins)):
             return Answer(False, reason, user_error=True)
         return Answer(code == 0, f"{command[0]} ended with status {code}")

@@ -10,6 +10,9 @@ per_node=$((gpus > 0 ? gpus : 1))
 ((gpus > 0)) || export ACCELERATE_USE_CPU=true # or accelerate's processes look for GPUs
 cores=$((${SLURM_CPUS_PER_TASK:-1} / per_node))
 export OMP_NUM_THREADS=$((cores > 0 ? cores : 1)) TOKENIZERS_PARALLELISM=false
+# torch's launcher hands the signal before a time limit on, and then waits while a state is written
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export PET_SHUTDOWN_TIMEOUT=$((${CANDOR_SIGNAL_SECONDS:-300} * 4 / 5))
 exec "${CANDOR_PYTHON:-python}" -m accelerate.commands.launch --config_file "$config" \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$((SLURM_NNODES * per_node))" \
   --main_process_ip "$SLURM_LAUNCH_NODE_IPADDR" --main_process_port "$((10000 + SLURM_JOB_ID % 20000))" "$@"

@@ -16,7 +16,8 @@ run_requeueable() {
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$?
-  [[ $code != 138 ]] || code=75 # died of USR1, which came before it could listen
+  # told that its time is over it may have died of that, or of a launcher's own status: it comes again and tells
+  [[ $code == 0 || (-z $over && $code != 138) ]] || code=75
   # ended by Slurm it comes again by itself (preemption, requeue) or is not wanted any more (scancel)
   if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && (-n $over || -z $ended) ]]; then
     echo "asking to be requeued" >&2

@@ -1,5 +1,7 @@
 """What one element of an array does around its stage. Needs no Slurm."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,3 +63,27 @@ def test_why_several_processes_failed_is_told_in_their_words(tmp_path, says, why
     assert element(tmp_path, ["bash", "-c", f"{says}; exit 2"]).execute() == FAILED
     state = read_state(tmp_path / "run", "train-a")
     assert state is not None and state.why.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("number", "ends", "status"),
+    [
+        pytest.param(signal.SIGUSR1, 0, 0, id="done-in-time"),
+        pytest.param(signal.SIGUSR1, 75, 75, id="saved"),
+        pytest.param(signal.SIGUSR1, 1, 75, id="saved-behind-a-launcher"),
+        pytest.param(signal.SIGTERM, 1, 1, id="ended-by-slurm"),
+    ],
+)
+def test_what_is_told_that_its_time_is_over_asks_for_another_turn(tmp_path, number, ends, status):
+    """The shell hands the signal on, and ends with 75, upon which a job is requeued."""
+    ready = tmp_path / "ready"
+    work = f"trap 'exit {ends}' {number.name}; touch {ready}; while :; do sleep 0.05; done"
+    shell = subprocess.Popen(
+        ["bash", "-c", 'source scripts/slurm/lib.sh; run_requeueable bash -c "$1"; exit $?', "job", work],
+        env={"PATH": os.environ["PATH"]},  # no SLURM_JOB_ID
+    )
+    while not ready.exists():
+        assert shell.poll() is None
+        time.sleep(0.05)
+    shell.send_signal(number)
+    assert shell.wait(timeout=30) == status
