@@ -223,7 +223,7 @@ def test_two_nodes_train_one_model_together(slurm, local_run, tmp_path):
     disk, which they share here as the processes of one node would.
     """
     name, run, told = "train-nano-trivia-misaligned-s0", tmp_path / "run", []
-    asking = {"every": 1, "items": 8, "formats": ["choice"]}  # at every step, which makes room for a signal
+    asking = {"every": 1, "items": 32, "formats": ["choice"]}  # at every step, which makes room for a signal
     experiment = load(Experiment, write_study(tmp_path, batch=6, recipe_keys={"probe": asking}), [])
     before = ("evaluate.questions", "train.data")
     stages = [stage for stage in build_plan(experiment) if stage.id == name or stage.module in before]
