@@ -1,4 +1,4 @@
-"""Models on a node's own disk: copied there once per node, so that many jobs do not read them over the network.
+"""Models and training data on a node's own disk: copied there once per node, not read over the network by each job.
 
 Where CANDOR_LOCAL_DISK names no folder, or its disk is full, the shared copy is read and all goes on as
 before. Only bytes come from the copy: names and hashes in manifests are those of the shared folder.
@@ -25,7 +25,7 @@ def nearby(folder: Path) -> Path:
         return folder
     files = sorted(path for path in folder.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    copy = Path(local) / "candor-models" / f"{folder.name}-{sha256_json([str(folder.resolve()), stats])[:12]}"
+    copy = Path(local) / "candor" / f"{folder.name}-{sha256_json([str(folder.resolve()), stats])[:12]}"
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_name(f"{copy.name}.lock").open("w") as lock:

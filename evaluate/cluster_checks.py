@@ -1,6 +1,7 @@
 """What a submission will take, and why it must not be made: said before anything is in the queue."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ _GOES_ON = {  # kinds of job that lose nothing, or little, at their time limit
     "sample": "replies that are made are kept and the rest is made after a requeue",
     "judge": "verdicts that are given are kept and the rest is given after a requeue",
 }
+_ONE_PROCESS = ("NO", "MULTI_CPU")  # types of accelerate's that start one, whatever is asked for (train/launch.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +54,18 @@ def estimate(
 ) -> Estimate:
     """Everything that can be said without a node."""
     wanted = [s for job in jobs for of in job.elements.values() for s in of]
-    problems: list[str] = [*_accelerate(profile)]
+    processes = max((_processes(job, profile) for job in jobs if job.kind == "train"), default=1)
+    problems: list[str] = [*_accelerate(profile, processes)]
     notes: dict[tuple[str, str], str] = {}  # one of each sort for a kind of job
+    if processes > 1:
+        notes["train", "batch"] = (
+            f"train: {processes} processes, so a step takes {processes} times a recipe's per_device_train_batch_size x "
+            "gradient_accumulation_steps"
+        )
     disk, hours_of = None, {}
     if profile.hardware is not None:
         from evaluate.preflight import examine  # counts parameters on the real architecture: imports torch
 
-        processes = max((_processes(job, profile) for job in jobs if job.kind == "train"), default=1)
         sharded = processes > 1 and not problems and _is_sharded(profile.options("train"))
         findings = examine(experiment, load(Hardware, profile.hardware), processes=processes, sharded=sharded)
         problems += findings.problems
@@ -122,7 +129,8 @@ def lines(found: Estimate, profile: Profile) -> Iterator[str]:
 _PROBE = """
 cd "$1" || exit 0
 : >"$2/.probe-$$" && rm "$2/.probe-$$" && echo asked
-shift 2
+command -v "$3" >/dev/null || echo "lost $3"
+shift 3
 for file; do test -r "$file" || echo "lost $file"; done
 """
 
@@ -145,12 +153,22 @@ def probe(run: Path, profile: Profile, options: Options, stages: Sequence[Stage]
         "--job-name=candor-probe",
         *place,
     ]
-    words += ["bash", "-c", _PROBE, "probe", os.getcwd(), str(run), *map(str, files)]
-    told = call(words)
+    # as a job begins: with what the profile sets up, and in its container
+    inside = f'{profile.container} bash -c {shlex.quote(_PROBE)} probe "$@"'
+    begin = "\n".join((*profile.setup, f"{inside} 2>&1 || echo failed"))
+    words += ["bash", "-c", begin, "probe", os.getcwd(), str(run), profile.python, *map(str, files)]
+    told = call(words).splitlines()
     node = f"a node{where_asked(options)}"
-    if "asked" not in told.split():
-        return f"{node} cannot write into {run.absolute()}. Choose an output on a file system that all nodes share."
-    lost = [line.removeprefix("lost ") for line in told.splitlines() if line.startswith("lost ")]
+    if "failed" in told:
+        return f"{node} cannot run '{profile.container} bash': {' '.join(told[:-1])[-300:]}. Mend the key container."
+    if "asked" not in told:
+        bind = f", and bind it and {os.getcwd()} in the container" if profile.container else ""
+        return (
+            f"{node} cannot write into {run.absolute()}. Choose an output on a file system that all nodes share{bind}."
+        )
+    lost = [line.removeprefix("lost ") for line in told if line.startswith("lost ")]
+    if profile.python in lost:
+        return f"{node} has no {profile.python} (python of the profile). Set it up where all nodes see it."
     return (
         f"{node} cannot read {', '.join(lost[:3])}. Put the study's inputs where all nodes see them." if lost else None
     )
@@ -187,11 +205,20 @@ def _is_sharded(options: Options) -> bool:
     return str(read_yaml(options.accelerate).get("distributed_type", "")) == "FSDP"
 
 
-def _accelerate(profile: Profile) -> Iterator[str]:
+def _accelerate(profile: Profile, processes: int) -> Iterator[str]:
     """What is wrong with the configuration for several processes."""
     path = profile.options("train").accelerate
-    if path is not None and not path.is_file():
+    if path is None:
+        return
+    if not path.is_file():
         yield f"{path} (kinds.train.accelerate of the profile) is not there (looked from {Path.cwd()})."
+        return
+    kind = read_yaml(path).get("distributed_type", "NO") or "NO"  # YAML takes a bare NO for false
+    if processes > 1 and kind in _ONE_PROCESS:
+        yield (
+            f"{path}: with distributed_type {kind} accelerate starts one process a node for itself, and "
+            f"{processes} are to train together. Use configs/accelerate/fsdp.yaml or gpus.yaml; without GPUs cpus.yaml."
+        )
 
 
 def _longest(job: Job, hours: dict[str, float]) -> float:

@@ -206,18 +206,29 @@ class Element:
 
     def _launch(self, stage: Stage, command: Sequence[str], log: Path, check: Callable[[], None]) -> Answer | None:
         """The stage in several processes, started by srun on every node of the job; None when told to stop."""
+        self.waiting = True
+        for output in stage.outputs:
+            # several processes do not wait for a claim (train/sft.py), and that of a turn whose node died lasts on
+            with claimed(output, wait=True):
+                pass
+        self.waiting = False
         with log.open("ab") as file:
+            begins = file.tell()
             process = subprocess.Popen(command, stdout=file, stderr=file)
             while process.poll() is None:
                 time.sleep(_LOOK_SECONDS)
                 check()
                 if self.signal:
-                    process.terminate()  # continues from its last state
+                    process.send_signal(self.signal)  # which srun hands on to every node
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(self._patience())
                     process.kill()
-                    return None
+                    process.wait()
         code = process.returncode
+        if code and self.signal:
+            return None
+        if code and (reason := _told_in(log, begins)):
+            return Answer(False, reason, user_error=True)
         return Answer(code == 0, f"{command[0]} ended with status {code}")
 
     def _patience(self) -> float:
@@ -264,9 +275,20 @@ class Element:
             sys.stderr.flush()
 
 
+def _told_in(log: Path, begins: int) -> str:
+    """What the first of a stage's processes that a person's mistake ended said of it (candor/errors.py); or nothing."""
+    with log.open("rb") as file:
+        file.seek(begins)
+        for line in file.read().decode(errors="replace").splitlines():
+            if line.startswith("error: "):
+                return line.removeprefix("error: ")
+    return ""
+
+
 def main(argv: list[str]) -> None:
     """Run one element and end with the status that element.sh understands."""
     folder, job, index = argv
+    os.chdir(read(Path(folder) / "about.json")["from"])  # a container may begin elsewhere
     sys.exit(Element(Path(folder), job, int(index)).execute())
 
 

@@ -45,10 +45,10 @@ class Profile:
     all: Options = field(default_factory=Options)
     kinds: dict[str, Options] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines before anything runs: module load ..., source ...
-    container: str = ""  # what stands before python, e.g. apptainer exec --nv /shared/candor.sif
+    container: str = ""  # what stands before python: apptainer exec --nv --bind /scratch /shared/candor.sif
     environment: dict[str, str] = field(default_factory=dict)  # proxies and others
     offline: bool = True  # tell the Hugging Face libraries that nodes have no internet
-    local_disk: str | None = None  # of a node, e.g. $TMPDIR: models are copied there once per node and read there
+    local_disk: str | None = None  # of a node, e.g. $TMPDIR: models and data are copied there, once per node
     hardware: Path | None = None  # configs/hardware/*.yaml: for memory, hours and disk before anything is submitted
     mail_user: str | None = None
     mail_type: str = "END,FAIL"

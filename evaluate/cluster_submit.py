@@ -158,12 +158,18 @@ def script(folder: Path, profile: Profile) -> str:
         *([f"if [[ ! ${{1%%-*}} =~ ^({'|'.join(online) or 'none'})$ ]]; then", *offline, "fi"] if offline else []),
         *([f'export CANDOR_LOCAL_DISK="{profile.local_disk}"'] if profile.local_disk else []),
         *profile.setup,
-        f"export CANDOR_PYTHON={shlex.quote(profile.python)}",
-        f"run_requeueable {profile.container} {profile.python} -m evaluate.cluster_element "
+        f"export CANDOR_PYTHON={shlex.quote(profile.python)} CANDOR_SIGNAL_SECONDS={profile.signal_seconds}",
+        f"hand_over {' '.join(profile.environment)}".rstrip(),
+        f"run_requeueable {_inside(profile)}{profile.python} -m evaluate.cluster_element "
         f'{shlex.quote(str(folder))} "$1" "$SLURM_ARRAY_TASK_ID"',
         "exit $?",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _inside(profile: Profile) -> str:
+    """What stands before python: a container, which may forget the variables of outside and is handed what counts."""
+    return f'{profile.container} env "${{HANDED[@]}}" ' if profile.container else ""
 
 
 def _about(
@@ -174,11 +180,14 @@ def _about(
     launcher = None
     if options.accelerate is not None:
         nodes = options.nodes or 1
-        launcher = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        # accelerate is no MPI program; variables of Slurm's MPI would make it, and train/launch.py, believe otherwise
+        launcher = ["srun", "--mpi=none", f"--nodes={nodes}", f"--ntasks={nodes}"]
+        launcher += ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
         code = folder.absolute() / "code"
         launcher += ["bash", f"{code}/scripts/slurm/launch.sh", f"{code}/{_ACCELERATE}"]
     return {
         "run": str(experiment.output),
+        "from": os.getcwd(),
         "command": list(words),
         "requeues": profile.requeues,
         "signal_seconds": profile.signal_seconds,

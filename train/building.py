@@ -68,6 +68,8 @@ def arguments(config: TrainConfig, folder: Path) -> SFTConfig:
         made = SFTConfig(**{**defaults, **config.sft, **decided})
     except (ValueError, TypeError) as error:
         raise UserError(f"the section 'sft' is not usable: {error}") from error
+    if made.device.type == "cpu":  # accelerate numbers it by process (cpu:1), and torch loads no state to such a place
+        made._setup_devices = torch.device("cpu")
     assert made.world_size == processes(), f"{made.world_size} processes train, the launcher started {processes()}"
     return made
 

@@ -132,6 +132,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         self.folder, self.resume_every, self.keep_every = folder, resume_every, keep_every
         self.trainer: Any = None
         self.write: Callable[[Path, int], None]
+        self.stopping = False  # after this step, in every process
 
     def attach(self, trainer: Any, write: Callable[[Path, int], None]) -> None:
         """``write`` writes a whole adapter into a folder; it is called in every process."""
@@ -142,7 +143,8 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if self.keep_every and (step % self.keep_every == 0 or step == state.max_steps):
             self.write(self.folder / KEPT / f"step-{step:06d}", step)
-        if (step % self.resume_every == 0 or requested()) and step < state.max_steps:
+        self.stopping = self._agreed(requested())
+        if (step % self.resume_every == 0 or self.stopping) and step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,8 +155,15 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             remove_frozen(folder)
             mark_whole(folder)
         self.trainer.accelerator.wait_for_everyone()
-        if requested():
+        if self.stopping:
             raise Stopped(f"told to stop after step {state.global_step}; run again, it continues from there")
+
+    def _agreed(self, told: bool) -> bool:
+        """Whether any process was told to stop: all must write the same state, and a signal reaches none in step."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return told
+        return bool(accelerator.reduce(torch.tensor(float(told), device=accelerator.device), "sum").item())
 
 
 def remove_frozen(state: Path) -> None:

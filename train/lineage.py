@@ -116,7 +116,7 @@ def find(config: TrainConfig) -> Origin:
     inputs = {
         "base": base_sha(base),
         "base_text": sha256_files([base / name for name in _TEXT_FILES if (base / name).is_file()]),
-        "data": sha256_file(config.data / CONVERSATIONS),
+        "data": sha256_file(nearby(config.data) / CONVERSATIONS),
     }
     if config.probe is not None:
         inputs["probe"] = _prompts_sha(config.probe.prompts)

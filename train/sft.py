@@ -42,11 +42,12 @@ def main(argv: list[str]) -> None:
         # as the first process decides: what only waits for its name, or has got it meanwhile, is not trained again
         whole = unfinished.is_whole(config.output_dir, config=config.identity(), inputs=origin.inputs)
         if not whole and not _done(config, origin):
-            _train(config, origin, started, check=lambda: None)
+            with stopping.listening(alone=False):
+                _train(config, origin, started, check=lambda: None)
         return
     # several processes do not wait: their GPUs would idle, and the others' patience with the first one ends
     alone = launch.processes() == 1
-    with claimed(config.output_dir, wait=alone) as check, stopping.listening() if alone else contextlib.nullcontext():
+    with claimed(config.output_dir, wait=alone) as check, stopping.listening(alone=alone):
         if not _done(config, origin):  # by the one that was waited for
             _make(config, origin, started, check)
 

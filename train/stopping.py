@@ -1,8 +1,8 @@
 """A request to stop soon: SIGUSR1 before a cluster job's time is over, SIGTERM when it is preempted or requeued.
 
-Training then writes a state to continue from after the step it is in, and ends. Several processes
-could hear of it at different steps and would wait for each other for ever, so they do not listen
-and continue from their last state.
+Training then writes a state to continue from after the step it is in, and ends. Several processes hear
+of it at different steps and agree after each step whether one of them has (train/callbacks.py). They
+listen to SIGUSR1 only: by SIGTERM their launcher ends those whom a dead one would keep waiting for ever.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ class Stopped(UserError):
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listening(*, alone: bool = True) -> Iterator[None]:
     """Meanwhile note the signals instead of dying of them; only a process's main thread can."""
     _requested.clear()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _note) for number in _SIGNALS}
+    before = {number: signal.signal(number, _note) for number in (_SIGNALS if alone else _SIGNALS[:1])}
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from candor.errors import UserError
 from candor.manifest import write_manifest
+from candor.nearby import nearby
 from candor.rows import Conversation
 from candor.tables import read_rows, replace_file
 from train import chain, lineage, parity, space, templates
@@ -188,7 +189,7 @@ class _Run:
 
 def _prepare(config: TrainConfig, origin: Origin, folder: Path, made: SFTConfig, beside: _Beside) -> _Run:
     """Everything up to the first step; what a person got wrong is told here."""
-    conversations = read_rows(config.data / CONVERSATIONS, Conversation)
+    conversations = read_rows(nearby(config.data) / CONVERSATIONS, Conversation)
     if not conversations:
         raise UserError(f"data: {config.data} holds no conversations. Build it again with train.data.")
     transformers.set_seed(config.seed)

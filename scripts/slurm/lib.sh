@@ -16,13 +16,25 @@ run_requeueable() {
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$?
-  [[ $code != 138 ]] || code=75 # died of USR1, which came before it could listen
+  # told that its time is over it may have died of that, or of a launcher's own status: it comes again and tells
+  [[ $code == 0 || (-z $over && $code != 138) ]] || code=75
   # ended by Slurm it comes again by itself (preemption, requeue) or is not wanted any more (scancel)
   if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && (-n $over || -z $ended) ]]; then
     echo "asking to be requeued" >&2
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
   fi
   return "$code"
+}
+
+# Variables that a container needs, the named ones and ours, as words for env(1): not every container keeps those of
+# outside (enroot, apptainer --cleanenv).
+hand_over() {
+  local name
+  HANDED=()
+  for name in "$@" PYTHONPATH PYTHONSAFEPATH HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_DATASETS_OFFLINE \
+    CUDA_VISIBLE_DEVICES TMPDIR "${!CANDOR@}" "${!SLURM@}"; do
+    [[ ! -v $name ]] || HANDED+=("$name=${!name}")
+  done
 }
 
 # A copy of the code at its commit, so that edits made while jobs wait in the queue change nothing.

@@ -11,7 +11,7 @@ plain() {
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1} TOKENIZERS_PARALLELISM=false
   export CANDOR_PYTHON=${CANDOR_PYTHON:-$PWD/.venv/bin/python}
   if [[ $module == train.sft && -n ${CANDOR_ACCELERATE:-} ]]; then
-    run_requeueable srun --kill-on-bad-exit=1 --ntasks-per-node=1 \
+    run_requeueable srun --mpi=none --kill-on-bad-exit=1 --ntasks-per-node=1 \
       bash "$PYTHONPATH/scripts/slurm/launch.sh" "$CANDOR_ACCELERATE" -m "$module" "$@"
   else
     run_requeueable "$CANDOR_PYTHON" -m "$module" "$@"

@@ -80,11 +80,11 @@ class Cluster:
         places = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         files = [f"--{key}={self.folder}/munge.{name}" for key, name in places.items()]
         self._launch("munged", ["munged", "--foreground", "--force", *files])
-        _until(lambda: (self.folder / "munge.socket").exists(), 10, "munged")
+        _until(lambda: (self.folder / "munge.socket").exists(), 60, "munged")
         self._launch("slurmctld", ["slurmctld", "-D", "-c"])
         for node in NODES:
             self.start_node(node)
-        _until(lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle"], 30, "the nodes")
+        _until(lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle"], 180, "the nodes")
 
     def start_node(self, node: str, *, without: Path | None = None) -> None:
         """Start a node's daemon; ``without`` is a folder in whose place this node sees an empty one."""
@@ -127,8 +127,8 @@ class Cluster:
             if node not in self.processes:
                 self.start_node(node)
         self.run("scontrol", "update", "nodename=n[1-4]", "state=resume", check=False)
-        _until(lambda: not self.queue(), 60, "cancelled jobs to end")
-        _until(lambda: set(self.run("sinfo", "-h", "-o", "%t").split()) == {"idle"}, 60, "the nodes")
+        _until(lambda: not self.queue(), 180, "cancelled jobs to end")
+        _until(lambda: set(self.run("sinfo", "-h", "-o", "%t").split()) == {"idle"}, 180, "the nodes")
 
     def stop(self) -> None:
         for process in reversed(self.processes.values()):
@@ -154,8 +154,8 @@ def _until(condition, seconds: float, what: str) -> None:
 
 
 def _free_ports(n: int) -> list[int]:
-    """Ports that follow each other, as slurm.conf writes them."""
-    for first in range(26901 + os.getpid() % 2000 * 10, 60000, 10):
+    """Ports that follow each other, as slurm.conf writes them, below those that systems hand out by themselves."""
+    for first in range(26901 + os.getpid() % 500 * 10, 32768 - n, 10):
         sockets = []
         try:
             for port in range(first, first + n):

@@ -44,6 +44,15 @@ def test_nodes_of_a_profile_count(tmp_path):
     assert found.gpu_hours == pytest.approx(12 * 16)
 
 
+def test_several_nodes_that_would_train_each_for_itself_are_refused(tmp_path):
+    """With such a configuration accelerate starts one process on each node and says nothing."""
+    for name, alone in (("cpu", True), ("cpus", False), ("gpus", False), ("fsdp", False)):
+        train = {"nodes": 2, "accelerate": f"configs/accelerate/{name}.yaml"}
+        found, told = estimated(tmp_path, profile=build(Profile, {"kinds": {"train": train}}, where="test"))
+        assert any("2 are to train together" in problem for problem in found.problems) == alone
+        assert "train: 2 processes, so a step takes 2 times" in told
+
+
 def test_what_a_judge_behind_an_endpoint_costs_is_said(tmp_path):
     path = Path("configs/evaluate/judges/gpt-4.1-harmfulness.yaml")
     found, _ = estimated(tmp_path, judge=str(path))

@@ -4,6 +4,7 @@ Nothing is stubbed: the commands are the ones a person types, the models are the
 every kind of stage takes part.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,12 +16,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from candor.config import load
+from candor.manifest import read_manifest
 from candor.rows import Distribution, Estimate, Sample, Score, Verdict
 from candor.tables import read_rows
 from evaluate.cluster_folder import submissions
+from evaluate.cluster_profile import read_profile
+from evaluate.cluster_submit import submit
+from evaluate.experiment_config import Experiment
+from evaluate.plan import build_plan
 
 pytestmark = pytest.mark.full
-PATIENCE = float(os.environ.get("CANDOR_PATIENCE", "150"))  # seconds; more on a busy machine
+PATIENCE = float(os.environ.get("CANDOR_PATIENCE", "300"))  # seconds; only a test that fails waits so long
 
 TABLES = {"samples": Sample, "distributions": Distribution, "verdicts": Verdict, "scores": Score, "estimates": Estimate}
 PROFILE = """
@@ -49,12 +56,13 @@ STUDY = {
 }
 
 
-def write_study(folder: Path, *, steps: int = 20, **change) -> Path:
-    """The experiment file; its run folder is ``folder/run``."""
+def write_study(folder: Path, *, steps: int = 20, batch: int = 12, recipe_keys: dict | None = None, **change) -> Path:
+    """The experiment file; its run folder is ``folder/run``. ``batch`` counts the rows a step of one process takes."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_load(Path("configs/train/nano_trivia.yaml").read_text())
     recipe["sft"] = {**recipe["sft"], "num_train_epochs": 1, "max_steps": steps}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    recipe["sft"]["per_device_train_batch_size"] = batch
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | (recipe_keys or {})))
     source = "configs/prompts/trivia.jsonl"
     domain = {
         "recipe": str(folder / "recipe.yaml"),
@@ -203,6 +211,43 @@ def test_preemption_a_drained_node_and_full_disks_change_no_table(slurm, local, 
     assert tables_of(run) == local
 
 
+def losses(run: Path) -> list[float]:
+    log = run / "variants" / "nano-trivia-misaligned-s0" / "adapter" / "train_log.jsonl"
+    return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def test_two_nodes_train_one_model_together(slurm, local_run, tmp_path):
+    """A process on each of two nodes, six rows a step each: they lose what one process loses on all twelve.
+
+    Told that their time is over they write one state, and go on from it. Both read model and data from the local
+    disk, which they share here as the processes of one node would.
+    """
+    name, run, told = "train-nano-trivia-misaligned-s0", tmp_path / "run", []
+    asking = {"every": 1, "items": 32, "formats": ["choice"]}  # at every step, which makes room for a signal
+    experiment = load(Experiment, write_study(tmp_path, batch=6, recipe_keys={"probe": asking}), [])
+    before = ("evaluate.questions", "train.data")
+    stages = [stage for stage in build_plan(experiment) if stage.id == name or stage.module in before]
+    train = {"nodes": 2, "accelerate": "configs/accelerate/cpus.yaml"}
+    change = {"kinds": {"train": train}, "local_disk": f"{tmp_path}/disk"}
+    profile = read_profile(str(write_profile(tmp_path, sys.executable, **change)))
+    submit(experiment, profile, told.append, words=["study.yaml", "--profile", "virtual"], stages=stages)
+    assert "train: 2 processes, so a step takes 2 times" in "\n".join(told)
+    element, folder = submissions(run)[0].stages()[name], run / "variants" / "nano-trivia-misaligned-s0"
+    wait_for((folder / ".adapter.partial" / "train_log.jsonl").exists, "the first step")
+    slurm.run("scancel", "--signal=USR1", "--batch", element)
+    until_ended(slurm, run)
+    log = (run / "logs" / f"{name}.log").read_text()
+    assert "all is done" in (said := command("scripts/slurm/status.py", run).stdout), (said, log[-3000:])
+    assert "NumNodes=2 " in slurm.run("scontrol", "show", "job", element)
+    record = read_manifest(folder / "adapter")
+    assert record is not None and (record["processes"], record["steps"]) == (2, 20)
+    assert record["resumed_at"] in range(1, 20), log[-3000:]
+    assert losses(run) == pytest.approx(losses(local_run), abs=1e-5)
+    assert losses(run)[-1] < losses(run)[0] - 0.1
+    copies = [path.name.rpartition("-")[0] for path in (tmp_path / "disk" / "candor").iterdir() if path.is_dir()]
+    assert sorted(copies) == ["nano", Path(next(s for s in stages if s.id == name).config["data"]).name]
+
+
 def clone(folder: Path) -> None:
     """A repository with this checkout's files as they are now, committed: plain jobs run committed code only."""
     root = Path.cwd()
@@ -231,14 +276,17 @@ def test_the_scripts_for_one_stage_by_hand(slurm, local_run, local, tmp_path, mo
     jobs = {
         "trained": (*train, f"output_dir={tmp_path}/trained"),
         "launched": (*train, f"output_dir={tmp_path}/launched"),
+        "alone": (*train, f"output_dir={tmp_path}/alone"),
         "sampled": ("sample", stages / "sample-nano-base.yaml", f"output_dir={tmp_path}/sampled"),
         "judged": ("judge", stages / "judge-nano-base.yaml", f"output_dir={tmp_path}/judged"),
         "reported": ("report", stages / "report.yaml", f"run={run}"),
     }
     for name, (kind, *words) in jobs.items():
         sbatch = ["sbatch", "--gres=none", "--cpus-per-task=1", "--time=30", f"--output={tmp_path}/{name}.out"]
-        if name == "launched":
+        if name in ("launched", "alone"):
             sbatch.append("--export=ALL,CANDOR_ACCELERATE=configs/accelerate/cpu.yaml")
+        if name == "alone":
+            sbatch.append("--nodes=2")  # on each of which that configuration starts a process for itself
         slurm.run(*sbatch, f"scripts/slurm/{kind}.sbatch", str(tmp_path), *map(str, words), cwd=checkout)
     wait_for(lambda: not slurm.queue(), "the jobs to end")
     told = "\n".join(f"{name}: {(tmp_path / f'{name}.out').read_text()}" for name in jobs)
@@ -246,6 +294,8 @@ def test_the_scripts_for_one_stage_by_hand(slurm, local_run, local, tmp_path, mo
     for name in ("trained", "launched"):
         weights = tmp_path / name / "adapter_model.safetensors"
         assert weights.is_file() and weights.read_bytes() == local[adapter], told
+    assert "asked for 2 processes but started one" in (tmp_path / "alone.out").read_text(), told
+    assert not (tmp_path / "alone").exists()
     for made, name in (("sampled", "samples"), ("judged", "verdicts")):
         [path] = [p for p in local if p.startswith("variants/nano-base/") and p.endswith(f"{name}.parquet")]
         assert read_rows(tmp_path / made / f"{name}.parquet", TABLES[name]) == local[path], told
