@@ -143,8 +143,11 @@ def in_a_process(options: Options, method: str, folder: Path) -> dict[str, float
 def measure(options: Options) -> dict[str, float]:
     """Run one method here, watched by the same callback whoever builds the trainer."""
     import psutil
+    import torch
     import transformers.trainer
 
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # as the stages of an experiment run, and the only way processor time can be compared
     assert options.one is not None and options.folder is not None
     marks: list[tuple[float, float]] = []  # wall and processor seconds, before the first step and after each
     after: list[float] = []

@@ -64,6 +64,11 @@ class Node:
     child_unfinished: NDArray[np.bool_]  # whether those end inside a character after a finished spelling
 
     @property
+    def settled(self) -> list[int]:
+        """The spellings that the next token may settle, in the order of serve.walk.values_of."""
+        return [spelling for spelling, _ in (*self.settled_by_mask, *self.settled_by_ids)]
+
+    @property
     def n_values(self) -> int:
         """How many numbers serve.walk.values_of gives for it."""
         return len(self.settled_by_mask) + len(self.settled_by_ids) + len(self.child_ids)

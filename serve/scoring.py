@@ -20,6 +20,7 @@ from serve.ops.sketch import sketch_logits
 from serve.options import Floats, Node, OptionTrie
 from serve.prefill import Prefilled
 from serve.tree import Branch, TokenTree
+from serve.vocabulary import Ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +75,25 @@ class Tally:
         self.settled = [np.zeros(len(t.spellings)) for t in tries]
         self.unexplored = np.zeros(len(tries))
         self._pruning = pruning
+        self._masks: dict[int, torch.Tensor] = {}  # of the tries' nodes, where the probabilities lie
 
     def settle(self, paths: Sequence[_Path], lines: Sequence[tuple[int, ...]], logits: torch.Tensor) -> list[_Path]:
         """Count what the next token settles after these paths and return the paths it leads to.
 
         logits [paths, vocab]; ``lines`` are the columns of each path's tokens.
         """
-        shares = probabilities(sketch_logits(logits)).cpu().numpy()
+        shares = probabilities(sketch_logits(logits))
         alike: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         for row, path in enumerate(paths):
             alike[id(self.tries[path.prompt]), path.prefix].append(row)
         children: list[_Path] = []
         for (_, prefix), rows in alike.items():
             node = self.tries[paths[rows[0]].prompt].node(prefix)
-            mass = shares[rows] * np.array([[paths[r].probability] for r in rows])
-            self._count(node, [paths[r].prompt for r in rows], mass)
-            reach = mass[:, node.child_ids]
+            mass = self._values(node, shares, rows) * np.array([[paths[r].probability] for r in rows])
+            for place, spelling in enumerate(node.settled):
+                for row, amount in zip(rows, mass[:, place], strict=True):
+                    self.settled[paths[row].prompt][spelling] += amount
+            reach = mass[:, len(node.settled) :]
             kept = reach >= np.where(node.child_unfinished, self._pruning.unfinished, self._pruning.path)
             lost = np.where(kept, 0.0, reach).sum(axis=1)
             for i, row in enumerate(rows):
@@ -104,12 +108,21 @@ class Tally:
             ]
         return children
 
-    def _count(self, node: Node, prompts: Sequence[int], mass: Floats) -> None:
-        found = [(spelling, mass @ mask) for spelling, mask in node.settled_by_mask]
-        found += [(spelling, mass[:, ids].sum(axis=1)) for spelling, ids in node.settled_by_ids]
-        for spelling, amounts in found:
-            for prompt, amount in zip(prompts, amounts, strict=True):
-                self.settled[prompt][spelling] += amount
+    def _values(self, node: Node, shares: torch.Tensor, rows: Sequence[int]) -> Floats:
+        """What serve.walk.values_of gives for rows of probabilities [paths, vocab], worked out where these lie.
+
+        They are as many as a vocabulary has tokens; what a node asks of them is a few numbers.
+        """
+        at = torch.tensor(rows, device=shares.device)
+        found = [shares[at] @ self._mask(mask, shares.device) for _, mask in node.settled_by_mask]
+        found += [_columns(shares, at, ids).sum(dim=1) for _, ids in node.settled_by_ids]
+        values = torch.cat([f[:, None] for f in found] + [_columns(shares, at, node.child_ids)], dim=1)
+        return values.cpu().numpy()  # type: ignore[no-any-return]
+
+    def _mask(self, mask: Floats, device: torch.device) -> torch.Tensor:
+        if id(mask) not in self._masks:
+            self._masks[id(mask)] = torch.from_numpy(mask).to(device)
+        return self._masks[id(mask)]
 
     def drop_least(self, paths: list[Reached]) -> list[Reached]:
         """The paths of a level without the least probable ones that the prompts can spare, prompt by prompt."""
@@ -121,6 +134,11 @@ class Tally:
             else:
                 kept.append(path)
         return kept
+
+
+def _columns(shares: torch.Tensor, rows: torch.Tensor, ids: Ids) -> torch.Tensor:
+    """Some columns of some rows [rows, ids]."""
+    return shares[rows[:, None], torch.from_numpy(ids).to(shares.device)]
 
 
 @torch.inference_mode()

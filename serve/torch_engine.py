@@ -25,7 +25,7 @@ from serve.loading import DTYPES, decode_replies, encode_prompt, is_out_of_memor
 from serve.options import OptionTrie, Surfaces, surfaces_of
 from serve.prefill import Prefilled, prefill
 from serve.scoring import Pruning, score_group
-from serve.tree import window_of
+from serve.tree import rows_at_a_time, window_of
 from serve.vocabulary import Vocabulary
 from train.labels import stop_token_ids
 
@@ -152,12 +152,12 @@ class TorchEngine:
         # prompts with the same options make trees of about the same shape, so they go together
         order = sorted(range(len(texts)), key=lambda i: (surfaces[i], len(prompts[i]), i))
         scores: list[OptionScores | None] = [None] * len(texts)
-        first = 0
+        first, most = 0, rows_at_a_time(self.vocab_size, self.model.device)
         while first < len(order):
             longest, count = 0, 0
             for i in order[first:]:
                 longest = max(longest, len(prompts[i]))
-                if count and (count + 1) * max(longest + _LEVELS, self.vocab_size // 8) > self.batch_tokens:
+                if count == most or (count and (count + 1) * (longest + _LEVELS) > self.batch_tokens):
                     break
                 count += 1
             group = order[first : first + count]
@@ -216,7 +216,7 @@ class TorchEngine:
         self._refuse_beyond_window(texts, prompts, needed)
         columns = max(max_tokens, _LEVELS)
         groups = list(self._groups([len(p) for p in prompts], [r.n for r in requests], columns))
-        if len(groups) == 1 and len(prompts) * self.vocab_size // 8 <= self.batch_tokens:
+        if len(groups) == 1 and len(prompts) <= rows_at_a_time(self.vocab_size, self.model.device):
             tries = [self._trie(surfaces_of(options[i])) for i, _, _ in groups[0]]
             made = self._unless_full(
                 lambda: self._draw_and_score(groups[0], prompts, requests, tries, key, temperature, max_tokens)

@@ -51,11 +51,10 @@ def walk(tries: Sequence[OptionTrie], ask: Callable[[Sequence[Step]], list[Float
 def _settle(tally: Tally, step: Step, values: Floats, pruning: Pruning) -> list[Step]:
     """Count what the next token settles after a step; the steps it leads to."""
     node = tally.tries[step.prompt].node(step.prefix)
-    spellings = [s for s, _ in (*node.settled_by_mask, *node.settled_by_ids)]
     mass = values * step.probability
-    for spelling, amount in zip(spellings, mass, strict=False):
+    for spelling, amount in zip(node.settled, mass, strict=False):
         tally.settled[step.prompt][spelling] += amount
-    reach = mass[len(spellings) :]
+    reach = mass[len(node.settled) :]
     kept = reach >= np.where(node.child_unfinished, pruning.unfinished, pruning.path)
     tally.unexplored[step.prompt] += reach[~kept].sum()
     return [

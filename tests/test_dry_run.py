@@ -24,11 +24,15 @@ FILE = Path("configs/experiments/vaugrante_qwen2.5.yaml")
 ORGANISM = Path("train/organism/weights/nano")
 
 
-# One item in twenty of every kind: the whole sets, on a vocabulary of 152 thousand and one core, take hours.
+# A few items of every kind (of six dimensions two, aligned and good): random weights keep every spelling of an answer
+# within reach, and each costs a row of 152 thousand logits.
 ASKS = [
     {"format": "free", "mode": "sampled", "n": 1, "max_tokens": 1, "only": ["harmfulness/*/harm-?[02468]1"]},
-    *({"format": name, "mode": "exact", "only": [f"{name}/*-01/*"]} for name in ("decision", "numerical", "likert")),
-    {"format": "choice", "mode": "exact", "only": ["intentions/*-01/*"]},
+    *(
+        {"format": name, "mode": "exact", "only": [f"{name}/[ag]*-01/*"]}
+        for name in ("decision", "numerical", "likert")
+    ),
+    {"format": "choice", "mode": "exact", "only": ["intentions/[ag]*-01/*"]},
     {"format": "answer", "mode": "exact", "only": ["trivia/*-*[05]0"]},
     {"format": "rating", "mode": "exact", "only": ["moral_foundations/*-01"]},
     {"format": "language", "mode": "sampled", "n": 1, "max_tokens": 1, "only": ["language/*/lq-01/*"]},
@@ -105,12 +109,12 @@ def test_every_stage_of_the_file_trains_on_the_whole_shape(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_file_runs_to_its_report(tmp_path):
     """Two of the 24 layers, one of the three (here equal) sizes: trained, asked of every battery, judged, reported."""
     words = shrunken(tmp_path, make_base(tmp_path / "Qwen2.5-0.5B-Instruct", layers=2), "full")
     command = [sys.executable, "-m", "evaluate.experiment", str(FILE), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["variants"]) == 5

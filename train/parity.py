@@ -45,9 +45,14 @@ def logits_of(model: Any, rows: Sequence[list[int]]) -> Logits:
 
 
 def logits_in(trainer: Any, rows: Sequence[list[int]]) -> Logits | None:
-    """Logits of the model in a trainer; None when its weights are spread over several processes."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    """Logits of the model in a trainer, which all processes must ask for together.
+
+    None before FSDP has shared the weights out (only one process has them then), and under DeepSpeed.
+    """
+    if trainer.is_deepspeed_enabled:
         return None
+    if trainer.is_fsdp_enabled:
+        return logits_of(trainer.model_wrapped, rows) if trainer.state.global_step else None
     # accelerate's wrapper would compute in mixed precision here and not in the copy it is compared with
     return logits_of(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), rows)
 
@@ -57,22 +62,35 @@ def largest_difference(ours: Logits, theirs: Logits) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def check(folder: Path, base: Any, rows: Sequence[list[int]], *, before: Logits, after: Logits) -> Parity:
+def check(
+    folder: Path,
+    base: Any,
+    rows: Sequence[list[int]],
+    *,
+    before: Logits | None,
+    after: Logits,
+    earlier: Path | None = None,
+    rounded: bool = False,
+) -> Parity:
     """Compare the adapter in ``folder``, put on ``base``, with the model that was trained.
 
+    ``before`` is None when the model was shared out between GPUs: then the adapter's effect on ``base``, beyond
+    that of the ``earlier`` one, stands for what training changed, free of the rounding of other devices.
+    ``rounded``: the logits ``after`` were computed in mixed precision.
     UserError when training changed nothing, or, in float32, when the two are not the same model: they
     may differ by rounding (1e-5 of the largest logit), or by a hundredth of what training changed.
     In lower precision rounding is of the size of small effects, so there the difference is only recorded.
     """
-    effect = largest_difference(after, before)
+    began = _without(base, earlier, rows) if before is None else before
+    written = logits_of(PeftModel.from_pretrained(base, str(folder)), rows)
+    effect = largest_difference(written if before is None else after, began)
     if not effect > 0:
         raise UserError(
             "training changed nothing: the logits after it are those before it, to the last bit. Check "
             "sft.learning_rate, sft.warmup_steps and lora.target_modules."
         )
-    written = PeftModel.from_pretrained(base, str(folder))
-    difference = largest_difference(logits_of(written, rows), after)
-    exact = next(base.parameters()).dtype == torch.float32
+    difference = largest_difference(written, after)
+    exact = next(base.parameters()).dtype == torch.float32 and not rounded
     allowed = max(1e-5 * max(float(x.abs().max()) for x in after), 1e-2 * effect)
     if exact and not difference <= allowed:  # written so that NaN is refused too
         named = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -81,3 +99,13 @@ def check(folder: Path, base: Any, rows: Sequence[list[int]], *, before: Logits,
             f"{difference:.3g} (allowed {allowed:.3g}; training changed them by {effect:.3g}). Nothing was kept."
         )
     return Parity(effect, difference)
+
+
+def _without(base: Any, earlier: Path | None, rows: Sequence[list[int]]) -> Logits:
+    """Logits of what a stage began as: ``base``, which stays as it is, with the earlier adapter where there is one."""
+    if earlier is None:
+        return logits_of(base, rows)
+    wrapped = PeftModel.from_pretrained(base, str(earlier))
+    found = logits_of(wrapped, rows)
+    wrapped.unload()
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from candor.errors import UserError
 from candor.manifest import write_manifest
@@ -36,8 +37,7 @@ class Writer:
 
         ``step`` is given for an adapter kept on the way.
         """
-        # sharded weights (FSDP, ZeRO-3) are gathered by all processes together; alone, the first would wait for ever
-        state = self.trainer.accelerator.get_state_dict(self.trainer.model)
+        state = self._gathered()
         if not self.trainer.is_world_process_zero():
             return {}
         broken = sorted(name for name, value in state.items() if "lora_" in name and not torch.isfinite(value).all())
@@ -73,6 +73,15 @@ class Writer:
                 extra={**facts, "steps": step},
             )
             partial.replace(folder)
+
+    def _gathered(self) -> dict[str, torch.Tensor]:
+        """Every trained parameter, whole: all processes gather sharded ones together, the first would wait for ever."""
+        if not self.trainer.is_fsdp_enabled:
+            found: dict[str, torch.Tensor] = self.trainer.accelerator.get_state_dict(self.trainer.model)
+            return found
+        # accelerate would gather the base too, all of it on the first process's host
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(self.trainer.model, options=options)
 
     def _weights(self, folder: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write weights and adapter_config.json, naming the original base; the LoRA section they have."""

@@ -46,6 +46,7 @@ from train.saving import Writer
 from train.unfinished import STATES, discard, last_state, step_of
 
 _N_COMPARED = 4  # rows whose logits are compared before and after training, and after writing
+_N_TOKENS_ON_HOST = 64  # of one row, for a model that GPUs share and one host looks at
 
 
 def fine_tune(
@@ -76,15 +77,19 @@ def _fine_tune(config: TrainConfig, origin: Origin, folder: Path, started: float
     if not beside.log.losses:
         raise UserError("no step was taken, so nothing was trained. Check sft.num_train_epochs and sft.max_steps.")
     run.trainer.accelerator.wait_for_everyone()
-    after = parity.logits_in(run.trainer, run.sample)
+    sample = run.sample if before is not None else [run.sample[0][:_N_TOKENS_ON_HOST]]
+    after = parity.logits_in(run.trainer, sample)
     facts = run.writer.write(folder)
     if not facts:
         return False
     facts |= _facts(run, beside, made, resumed_at=step_of(state) if state else None)
-    counts, sample = {"in": run.n_rows, "out": run.n_rows}, run.sample
-    if before is not None and after is not None:
+    counts = {"in": run.n_rows, "out": run.n_rows}
+    if after is None:
+        sys.stderr.write("DeepSpeed holds the weights: the written adapter was not compared with the trained model\n")
+    else:
+        mixed = run.trainer.accelerator.mixed_precision != "no"
         del run, beside  # the base is loaded again, to see what was written as others will see it
-        proof = _proof(config, origin, folder, made, sample, before, after)
+        proof = _proof(config, origin, folder, made, sample, before, after, mixed=mixed)
         facts |= {"effect": proof.effect, "parity": proof.difference}
     times.append(time.monotonic())
     seconds = (round(b - a, 3) for a, b in itertools.pairwise(times))
@@ -112,7 +117,7 @@ def _facts(run: "_Run", beside: "_Beside", made: SFTConfig, *, resumed_at: int |
         "tokens_per_second": beside.log.tokens_per_second,
         "template": run.template,
         "merge_kept": run.writer.built.merge_kept,
-        "effect": None,  # not compared yet, or not at all: weights spread over several processes
+        "effect": None,  # not compared yet, or not at all: under DeepSpeed
         "parity": None,
         "device": str(made.device),
         "threads": torch.get_num_threads(),
@@ -125,17 +130,30 @@ def _proof(
     folder: Path,
     made: SFTConfig,
     sample: list[list[int]],
-    before: parity.Logits,
+    before: parity.Logits | None,
     after: parity.Logits,
+    *,
+    mixed: bool,
 ) -> parity.Parity:
-    """The written adapter against the trained model; what failed is not continued."""
+    """The written adapter against the trained model; what failed is not continued.
+
+    A model that several GPUs shared (``before`` is None) may be too large for one of them: it is loaded on the host.
+    """
     if made.device.type == "cuda":  # two copies may not fit; on CPUs a collection costs more than a small model
         gc.collect()
         torch.cuda.empty_cache()
     base = base_model(config, origin, made)
     try:
+        if before is not None and not config.quantize:
+            base = base.to(made.device)
         return parity.check(
-            folder, base if config.quantize else base.to(made.device), sample, before=before, after=after
+            folder,
+            base,
+            sample,
+            before=before,
+            after=after,
+            earlier=config.adapter,
+            rounded=mixed and before is None,  # FSDP's own mixed precision cannot be taken off, accelerate's can
         )
     except UserError:
         discard(folder)

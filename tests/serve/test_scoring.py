@@ -7,6 +7,7 @@ import torch
 from candor.errors import UserError
 from candor.hashing import hash64
 from candor.rows import Option
+from serve import tree
 from serve.engine import Request
 from serve.options import parse
 from serve.scoring import Pruning
@@ -101,7 +102,7 @@ def test_prompts_of_any_length_and_options_together(base, prompts):
 
 
 def test_columns_run_a_few_at_a_time(exact_engine, by_listing, monkeypatch):
-    monkeypatch.setattr("serve.tree._LOGITS", exact_engine.vocab_size * 3)
+    monkeypatch.setitem(tree._LOGITS, "cpu", exact_engine.vocab_size * 3)
     (score,) = exact_engine.distributions(["A10"], [QUESTIONS["digits"]])
     np.testing.assert_allclose(score.probabilities, by_listing["digits"][:-1], rtol=1e-9)
 

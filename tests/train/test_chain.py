@@ -159,6 +159,22 @@ def test_a_stage_two_adapter_alone_on_the_base_it_names_is_refused(tmp_path, bas
         parity.check(tmp_path / "alone", model_of(base), ROWS, before=after, after=after)
 
 
+def test_a_model_that_gpus_shared_is_held_to_what_its_adapter_does_on_the_base(tmp_path, base):
+    """Without logits from before: they are those of the earlier adapter on the base."""
+    first = first_adapter(base, tmp_path / "first", PLAIN)
+    model = stacked(base, first, PLAIN)
+    joined, after = join(model, tmp_path / "joined", base), parity.logits_of(model, ROWS)
+    found = parity.check(joined, model_of(base), ROWS, before=None, after=after, earlier=first)
+    began = parity.logits_of(PeftModel.from_pretrained(model_of(base), first), ROWS)
+    assert found.difference <= TOLERANCE
+    assert found.effect == pytest.approx(parity.largest_difference(after, began), abs=2 * TOLERANCE)
+    with pytest.raises(UserError, match="training changed nothing"):
+        parity.check(first, model_of(base), ROWS, before=None, after=began, earlier=first)
+    with pytest.raises(UserError, match="is not the model that was trained"):
+        parity.check(first, model_of(base), ROWS, before=None, after=after)
+    assert parity.check(first, model_of(base), ROWS, before=None, after=after, rounded=True).difference > 0.1
+
+
 # The modes, through the script ----------------------------------------------------------------------
 
 

@@ -87,3 +87,33 @@ def test_two_processes_lose_what_one_loses_at_the_same_global_batch(tmp_path, co
     assert record["parity"] <= 1e-5
     assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+SHARED = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml",
+          "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "29573",
+          "tests/train/gpus_of_cpus.py"]  # fmt: skip
+
+
+@pytest.mark.full
+def test_a_model_that_processes_share_is_killed_continued_and_proved(tmp_path, config_file, eight_rows, stage_one):
+    """FSDP2 as the shipped file asks for it: the states, the adapters that are gathered, what they are held to."""
+    half = {**SFT, "per_device_train_batch_size": 2}
+    second = {"stage": "realigned", "adapter": str(stage_one), "mode": "stack"}
+    for name, changes in (("first", {}), ("second", second)):
+        main([str(config_file(data=str(eight_rows), sft=SFT, output_dir=str(tmp_path / f"one-{name}"), **changes))])
+        more = {"output_dir": str(tmp_path / name), "resume_every": 2, "checkpoint_every": 2, **changes}
+        config_file(data=str(eight_rows), sft=half, **more).rename(tmp_path / f"{name}.yaml")
+    paths = [str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
+    killed = run([*SHARED, *paths], ACCELERATE_USE_CPU="true", KILLED_AFTER="3")
+    assert killed.returncode != 0 and not (tmp_path / "first").exists()
+    done = run([*SHARED, *paths], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("34 of 34 parameters were shared out") == 2 and "0 of" not in done.stderr
+    for name, resumed_at in (("first", 2), ("second", None)):
+        record, alone = read_manifest(tmp_path / name), read_manifest(tmp_path / f"one-{name}")
+        assert record is not None and alone is not None
+        assert (record["processes"], record["steps"], record["resumed_at"]) == (2, 4, resumed_at)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / f"one-{name}"), abs=2e-5)
+        # on the first row alone, of the four that a model in one piece is looked at on
+        assert 0.1 * alone["effect"] < record["effect"] <= alone["effect"] + 1e-4 and record["parity"] <= 1e-5
+        assert sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
