@@ -91,7 +91,7 @@ def through_store(
     with storing:
         write_answers(folder, units, identity, store)
         for kind in (SAMPLED, EXACT):
-            store.compact(kind, (row_ids(u, identity) for u in units if kind_of(u) is kind))
+            store.compact(kind, lambda: (row_ids(u, identity) for u in units if kind_of(u) is kind))  # noqa: B023
         store.clear()
     return drawing, storing
 

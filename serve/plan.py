@@ -20,7 +20,7 @@ from candor.questions import prompt_sha
 from candor.rows import Prompt
 from serve.config import Ask, SampleConfig
 
-UNIT_ROWS = 8192  # rows of a unit at most: they are held in memory until they are stored
+UNIT_ROWS = 2048  # rows of a unit at most: they are held in memory until they are stored
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,27 +133,21 @@ class Store:
                     "Was a file deleted? Run the same command again."
                 )
 
-    def compact(self, kind: Kind, first: Iterable[Sequence[str]] = ()) -> int:
+    def compact(self, kind: Kind, first: Callable[[], Iterable[Sequence[str]]] = tuple) -> int:
         """One shard of all rows, those of ``first`` in front in that order; how many files went.
 
-        Equal ids are equal draws, so of several rows with one id the first is kept.
+        Equal ids are equal draws, so of several rows with one id the first is kept. ``first`` is called
+        twice: making the ids again costs less than holding them.
         """
         index = self.index(kind)
         if len(index.shards) < 2:
             return 0
-        order = [ids for ids in first if not index.missing(ids)]
-        done = {i for ids in order for i in ids}
-        for shard in index.shards:
-            try:
-                rest = [i for i in _ids(shard.path, kind) if i not in done]
-            except FileNotFoundError:
-                return 0  # another process compacts; it will do
-            done.update(rest)
-            order += [rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP)]
-        order = [ids for ids in order if ids]
-        path = _shard_path(self.folder, kind, order)
-        if not path.exists():
-            write_tables(path, kind.row_type, self.gather(kind, order))
+        try:
+            path = _shard_path(self.folder, kind, _order(index, first()))
+            if not path.exists():
+                write_tables(path, kind.row_type, self.gather(kind, _order(index, first())))
+        except FileNotFoundError:
+            return 0  # another process compacts; it will do
         gone = [s.path for s in index.shards if s.path != path]
         for old in gone:
             old.unlink(missing_ok=True)
@@ -179,16 +173,18 @@ class Moved(Exception):
 
 
 class Index:
-    """Where each stored row lies; some twenty bytes a row."""
+    """Where each stored row lies; twelve bytes a row."""
 
     def __init__(self, kind: Kind, shards: Sequence[Shard]) -> None:
         self.kind, self.shards = kind, list(shards)
-        keys = np.concatenate([s.keys for s in shards]) if shards else np.empty(0, np.uint64)
-        shard = np.repeat(np.arange(len(shards)), [len(s.keys) for s in shards])
-        row = np.concatenate([np.arange(len(s.keys)) for s in shards]) if shards else np.empty(0, np.int64)
-        self._keys, first = np.unique(keys, return_index=True)  # the first of equal ids
-        self._shard, self._row = shard[first].astype(np.int64), row[first].astype(np.int64)
-        self._group = functools.lru_cache(maxsize=4)(self._read_group)
+        self._starts = np.cumsum([0, *(len(s.keys) for s in shards)])  # of each shard's rows in all rows
+        keys = np.concatenate([np.empty(0, np.uint64), *(s.keys for s in shards)])
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        first = np.ones(len(keys), dtype=bool)  # of equal ids
+        first[1:] = keys[1:] != keys[:-1]
+        self._keys, self._at = keys[first], order[first].astype(np.uint32)  # _at: which of all rows
+        self._group = functools.lru_cache(maxsize=2)(self._read_group)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -202,13 +198,25 @@ class Index:
         found[inside] = self._keys[place[inside]] == keys[inside]
         return [i for i, there in zip(ids, found, strict=True) if not there]
 
+    def rest(self, done: NDArray[np.uint64]) -> Iterator[list[str]]:
+        """Ids of the rows whose keys are not in ``done``, shard by shard."""
+        left = ~np.isin(self._keys, done)
+        for number, shard in enumerate(self.shards):
+            here = (self._at >= self._starts[number]) & (self._at < self._starts[number + 1])
+            wanted = self._keys[left & here]
+            if len(wanted):
+                ids = _ids(shard.path, self.kind)
+                yield [i for i, there in zip(ids, np.isin(keys_of(ids), wanted), strict=True) if there]
+
     def gather(self, ids: Sequence[str]) -> pa.Table:
         """The rows with these ids, which must be stored, in that order.
 
         FileNotFoundError when a shard is gone, Moved when another with the same rows took its place.
         """
         place = np.searchsorted(self._keys, keys_of(ids))
-        shard, row = self._shard[place], self._row[place]
+        at = self._at[place].astype(np.int64)
+        shard = np.searchsorted(self._starts, at, side="right") - 1
+        row = at - self._starts[shard]
         group = np.array(
             [np.searchsorted(self.shards[s].group_starts, r, side="right") - 1 for s, r in zip(shard, row, strict=True)]
         )
@@ -225,7 +233,7 @@ class Index:
     def _read_group(self, shard: int, group: int) -> pa.Table:
         path = self.shards[shard].path
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read_row_group(group)
+            return file.read_row_group(group, use_threads=False)  # threads keep memory of their own
 
 
 def open_store(answers: Path, identity: Identity) -> Store:
@@ -268,9 +276,21 @@ def _shard_path(folder: Path, kind: Kind, ids: Iterable[Sequence[str]]) -> Path:
     return folder / name.value
 
 
+def _order(index: Index, first: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """All ids of an index, some at a time: those of ``first`` whose rows are there, then the others, shard by shard."""
+    done = [np.empty(0, np.uint64)]
+    for ids in first:
+        if ids and not index.missing(ids):
+            done.append(keys_of(ids))
+            yield ids
+    for rest in index.rest(np.concatenate(done)):
+        yield from (rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP))
+
+
 def _ids(path: Path, kind: Kind) -> list[str]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        return [str(i) for batch in file.iter_batches(columns=[kind.id_column]) for i in batch.column(0).to_pylist()]
+        batches = file.iter_batches(columns=[kind.id_column], batch_size=ROWS_PER_GROUP, use_threads=False)
+        return [str(i) for batch in batches for i in batch.column(0).to_pylist()]
 
 
 def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
@@ -281,7 +301,9 @@ def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
                 raise UserError(f"its columns are not those of {kind.row_type.__name__} rows")
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             name, keys = ShardName(kind), [np.empty(0, np.uint64)]
-            for batch in file.iter_batches(columns=[kind.id_column, "weights_sha"]):
+            for batch in file.iter_batches(
+                columns=[kind.id_column, "weights_sha"], batch_size=ROWS_PER_GROUP, use_threads=False
+            ):
                 name.add(batch.column(0).to_pylist())
                 keys.append(keys_of(batch.column(0).to_pylist()))
                 if set(batch.column(1).to_pylist()) - {weights}:

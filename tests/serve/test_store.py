@@ -55,7 +55,7 @@ def write_all(folder, seed):
         if rng.random() < 0.3:
             store.compact(SAMPLED)
     write_tables(folder / "samples.parquet", Sample, store.gather(SAMPLED, map(ids, range(N_UNITS))))
-    store.compact(SAMPLED, map(ids, range(N_UNITS)))
+    store.compact(SAMPLED, lambda: map(ids, range(N_UNITS)))
 
 
 # Imports once, then forks a writer for each seed it reads, so that a kill costs milliseconds.
