@@ -50,6 +50,8 @@ def prefill(model: Any, prompts: Sequence[list[int]], *, capacity: int, banned: 
 def usable_logits(logits: torch.Tensor, banned: torch.Tensor) -> torch.Tensor:
     """Logits in float32 or wider, with the ids that have no text ruled out; writes into fresh logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if banned.device.type == "cpu" and not banned.any():  # a GPU is not asked: the host would wait for it
+        return wide
     return wide.masked_fill_(banned, float("-inf"))
 
 

@@ -17,7 +17,6 @@ so, never mended or trusted. Where the machine fails (too many open files, a bro
 read) the error is raised and the shard stays.
 """
 
-import functools
 import json
 import sys
 import time
@@ -111,12 +110,12 @@ class Store:
             shards.append(self._known[file])
         return Index(kind, shards)
 
-    def gather(self, kind: Kind, wanted: Iterable[Sequence[str]]) -> Iterator[pa.Table]:
+    def gather(self, kind: Kind, wanted: Iterable[Sequence[str]], index: "Index | None" = None) -> Iterator[pa.Table]:
         """The rows with these ids, a list of ids at a time, in that order; all must be there.
 
         A shard that another process has compacted or ordered anew meanwhile is looked for again.
         """
-        index = self.index(kind)
+        index = self.index(kind) if index is None else index
         for ids in wanted:
             for attempt in range(_TRIES):
                 missing = ids if attempt == _TRIES - 1 else index.missing(ids)
@@ -143,9 +142,9 @@ class Store:
         if len(index.shards) < 2:
             return 0
         try:
-            path = _shard_path(self.folder, kind, _order(index, first()))
+            path = _shard_path(self.folder, kind, index.in_order(first()))
             if not path.exists():
-                write_tables(path, kind.row_type, self.gather(kind, _order(index, first())))
+                write_tables(path, kind.row_type, self.gather(kind, index.in_order(first()), index))
         except FileNotFoundError:
             return 0  # another process compacts; it will do
         gone = [s.path for s in index.shards if s.path != path]
@@ -180,11 +179,10 @@ class Index:
         self._starts = np.cumsum([0, *(len(s.keys) for s in shards)])  # of each shard's rows in all rows
         keys = np.concatenate([np.empty(0, np.uint64), *(s.keys for s in shards)])
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        first = np.ones(len(keys), dtype=bool)  # of equal ids
-        first[1:] = keys[1:] != keys[:-1]
-        self._keys, self._at = keys[first], order[first].astype(np.uint32)  # _at: which of all rows
-        self._group = functools.lru_cache(maxsize=2)(self._read_group)
+        keys, order = keys[order], order.astype(np.uint32)
+        again = np.flatnonzero(keys[1:] == keys[:-1]) + 1  # the first of equal ids counts
+        self._keys, self._at = np.delete(keys, again), np.delete(order, again)  # _at: which of all rows
+        self._groups: dict[tuple[int, int], pa.Table] = {}  # read last
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -198,15 +196,20 @@ class Index:
         found[inside] = self._keys[place[inside]] == keys[inside]
         return [i for i, there in zip(ids, found, strict=True) if not there]
 
-    def rest(self, done: NDArray[np.uint64]) -> Iterator[list[str]]:
-        """Ids of the rows whose keys are not in ``done``, shard by shard."""
-        left = ~np.isin(self._keys, done)
+    def in_order(self, first: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+        """All ids, some at a time: those of ``first`` whose rows are all there, then the others, shard by shard."""
+        left = np.ones(len(self), dtype=bool)
+        for ids in first:
+            if ids and not self.missing(ids):
+                left[np.searchsorted(self._keys, keys_of(ids))] = False
+                yield ids
         for number, shard in enumerate(self.shards):
             here = (self._at >= self._starts[number]) & (self._at < self._starts[number + 1])
             wanted = self._keys[left & here]
             if len(wanted):
                 ids = _ids(shard.path, self.kind)
-                yield [i for i, there in zip(ids, np.isin(keys_of(ids), wanted), strict=True) if there]
+                rest = [i for i, there in zip(ids, np.isin(keys_of(ids), wanted), strict=True) if there]
+                yield from (rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP))
 
     def gather(self, ids: Sequence[str]) -> pa.Table:
         """The rows with these ids, which must be stored, in that order.
@@ -230,10 +233,16 @@ class Index:
             raise Moved
         return table
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        path = self.shards[shard].path
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read_row_group(group, use_threads=False)  # threads keep memory of their own
+    def _group(self, shard: int, group: int) -> pa.Table:
+        """A row group; the two read last are kept. No functools.lru_cache: it would keep the index alive in a cycle."""
+        found = self._groups.pop((shard, group), None)
+        if found is None:
+            if len(self._groups) > 1:
+                del self._groups[next(iter(self._groups))]
+            with pq.ParquetFile(self.shards[shard].path, page_checksum_verification=True) as file:
+                found = file.read_row_group(group, use_threads=False)  # threads keep memory of their own
+        self._groups[shard, group] = found
+        return found
 
 
 def open_store(answers: Path, identity: Identity) -> Store:
@@ -274,17 +283,6 @@ def _shard_path(folder: Path, kind: Kind, ids: Iterable[Sequence[str]]) -> Path:
     for some in ids:
         name.add(some)
     return folder / name.value
-
-
-def _order(index: Index, first: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
-    """All ids of an index, some at a time: those of ``first`` whose rows are there, then the others, shard by shard."""
-    done = [np.empty(0, np.uint64)]
-    for ids in first:
-        if ids and not index.missing(ids):
-            done.append(keys_of(ids))
-            yield ids
-    for rest in index.rest(np.concatenate(done)):
-        yield from (rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP))
 
 
 def _ids(path: Path, kind: Kind) -> list[str]:
