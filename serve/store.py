@@ -220,14 +220,14 @@ class Index:
         at = self._at[place].astype(np.int64)
         shard = np.searchsorted(self._starts, at, side="right") - 1
         row = at - self._starts[shard]
-        group = np.array(
-            [np.searchsorted(self.shards[s].group_starts, r, side="right") - 1 for s, r in zip(shard, row, strict=True)]
-        )
         pieces, order = [], []
-        for s, g in sorted(set(zip(shard.tolist(), group.tolist(), strict=True))):
-            here = np.flatnonzero((shard == s) & (group == g))
-            pieces.append(self._group(s, g).take(pa.array(row[here] - self.shards[s].group_starts[g])))
-            order.append(here)
+        for s in np.unique(shard):
+            mine, starts = np.flatnonzero(shard == s), self.shards[s].group_starts
+            group = np.searchsorted(starts, row[mine], side="right") - 1
+            for g in np.unique(group):
+                here = mine[group == g]
+                pieces.append(self._group(int(s), int(g)).take(pa.array(row[here] - starts[g])))
+                order.append(here)
         table = pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(order))))
         if table.column(self.kind.id_column).to_pylist() != list(ids):
             raise Moved
