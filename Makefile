@@ -35,7 +35,7 @@ test-full: .venv/installed-$(DEVICE) .venv/browser .venv/training vllm slurm
 
 # not in the interpreter that the other tests run Triton's kernels in
 gpu-test: .venv/installed-cuda
-	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/serve/ops
+	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu tests/serve/ops tests/serve/test_slots.py
 
 # vLLM has an environment of its own; where it cannot be made its tests are left out, and that is said
 vllm:

@@ -156,27 +156,19 @@ def _replies() -> tuple[int, dict[str, Call]]:
     engine = TorchEngine(NANO, None)
     texts = [p.text for p in load_all(ROOT / "configs/prompts") if p.format == "free"][:8]
     requests = [Request(text, stream_of(text), 0, 8) for text in texts]
-    own = decoding._draw, decoding._Numbers
-
-    class NoNumbers:
-        """torch.multinomial takes none, so none are made for it."""
-
-        def __init__(self, rows: Any, key: int, device: torch.device) -> None:
-            self._none = torch.zeros(len(rows), device=device)
-
-        def at(self, position: int) -> torch.Tensor:
-            return self._none
+    own = decoding._draw, decoding.random_numbers
 
     def by_core() -> None:
         engine.sample(requests, key=7, temperature=1.0, max_tokens=16)
 
     def by_multinomial() -> None:
         decoding._draw = lambda logits, _, t: peers.softmax_multinomial_step(logits, t)
-        decoding._Numbers = NoNumbers
+        # torch.multinomial takes none, so none are made for it
+        decoding.random_numbers = lambda rows, key, n, device: torch.zeros(len(rows), n, device=device)
         try:
             by_core()
         finally:
-            decoding._draw, decoding._Numbers = own
+            decoding._draw, decoding.random_numbers = own
 
     return engine.vocab_size, {"core": by_core, "softmax + multinomial": by_multinomial}
 

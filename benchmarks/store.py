@@ -5,9 +5,11 @@
 Made-up replies of about 240 characters take the way that ``serve.sample`` gives real ones: units are planned,
 what is missing is looked up before each, rows are added as shards, the table is written from them, and all is
 compacted. The study grows in two ways, by prompts (10 draws each) and by draws (of the 320 questions of the
-harmfulness battery). Each run is a process of its own, so that its peak memory is its own; runs take turns. Rows
-hold medians with the smallest and largest. Rows with a ``target`` answer whether cost is linear in the draws and
-memory flat: the largest size against each smaller one in cost per draw, against the smallest in peak memory.
+harmfulness battery). Each run is a process of its own, so that its peak memory is its own, and has a nano model
+open and attested on the torch engine, as serve.sample has while it stores; runs take turns. Rows hold medians with
+the smallest and largest. Rows with a ``target`` answer whether cost is linear in the draws and memory flat: the
+largest size against each smaller one in cost per draw, against the smallest in peak memory. ``rss_before_mb`` is
+what the process held before anything was stored, so that the store's own growth can be told from the engine.
 Seconds are the processor's; what the disk takes stands beside them as wall seconds.
 
 ``through_store`` is what benchmarks/throughput.py times with real replies.
@@ -30,13 +32,14 @@ from candor.config import apply_override, build
 from candor.errors import UserError, run_script
 from candor.questions import load_harmfulness
 from candor.rows import Prompt
-from serve.config import Ask, SampleConfig
+from serve.config import Ask, EngineConfig, SampleConfig
 from serve.engine import Reply, Request
 from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids
 from serve.sample import kind_of, requests_of, sample_rows, write_answers
 from serve.store import EXACT, SAMPLED, open_store
 
 QUESTIONS = Path("configs/prompts/harmfulness.jsonl")
+NANO = Path("train/organism/weights/nano")
 GROWN = ("prompts", "draws")
 DRAWS = 10  # per prompt, where prompts grow
 LINEAR, FLAT = 1.1, 1.1  # at most: cost per draw, and peak memory, against a smaller size
@@ -91,7 +94,7 @@ def through_store(
     with storing:
         write_answers(folder, units, identity, store)
         for kind in (SAMPLED, EXACT):
-            store.compact(kind, (row_ids(u, identity) for u in units if kind_of(u) is kind))
+            store.compact(kind, lambda: (row_ids(u, identity) for u in units if kind_of(u) is kind))  # noqa: B023
         store.clear()
     return drawing, storing
 
@@ -123,20 +126,36 @@ def made_up(unit: Unit, requests: list[Request]) -> list[list[Reply]]:
     return [[Reply(" ".join(rng.choices(WORDS, k=52)), 60, "stop", -60.0) for _ in range(r.n)] for r in requests]
 
 
+def attested() -> Any:
+    """The engine that a process which samples has open."""
+    from serve.attest import attest
+    from serve.registry import open_engine
+
+    config = SampleConfig(
+        base=NANO, variant="v", prompts=QUESTIONS, ask=(Ask(format="free", mode="sampled"),), output_dir=NANO,
+        study_seed=1, engine=EngineConfig(threads=1),
+    )  # fmt: skip
+    engine = open_engine(config.engine, NANO, None)
+    attest(engine, config)
+    return engine
+
+
 def run(n: int, grown: str) -> dict[str, float]:
     """Store ``n`` replies in this process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        engine = attested()
         units, identity = planned(n, grown, folder)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         _, storing = through_store(folder, units, identity, made_up)
         size = (folder / "samples.parquet").stat().st_size
+    del engine
     n_draws = sum(u.n_rows for u in units)
     return {
         "us_per_draw": storing.cpu / n_draws * 1e6,
         "wall_us_per_draw": storing.wall / n_draws * 1e6,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "rss_planned_mb": before / 1024,
+        "rss_before_mb": before / 1024,
         "table_mb": size / 1e6,
     }
 

@@ -74,7 +74,7 @@ def _build(annotation: Any, value: Any) -> Any:
     return value
 
 
-ROWS_PER_GROUP = 8192  # rows held in memory at a time; fixed, so that equal rows make equal files
+ROWS_PER_GROUP = 2048  # rows held in memory at a time; fixed, so that equal rows make equal files
 
 
 @contextlib.contextmanager

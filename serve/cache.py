@@ -48,11 +48,6 @@ class BufferLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         """Columns filled so far."""
         return self.length
 
-    def crop(self, max_length: int) -> None:
-        """Forget the columns from ``max_length`` on."""
-        self.length = min(self.length, max_length)
-        self._show()
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may be taken several times."""
         keys, values = self.keys.index_select(0, indices), self.values.index_select(0, indices)

@@ -8,7 +8,7 @@ it, so that answers of another variant, engine or wording are never taken for it
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,7 +20,7 @@ from candor.questions import prompt_sha
 from candor.rows import Prompt
 from serve.config import Ask, SampleConfig
 
-UNIT_ROWS = 8192  # rows of a unit at most: they are held in memory until they are stored
+UNIT_ROWS = 2048  # rows of a unit at most: they are held in memory until they are stored
 
 
 @dataclass(frozen=True)
@@ -110,18 +110,24 @@ def _shared(named: Iterable[tuple[str, int]]) -> tuple[str, str] | None:
     return None
 
 
-def sample_id(identity: Identity, ask: Ask, sha: str, draw: int) -> str:
-    """Hash of everything that produced a reply: not ``ask.n``, so that more draws leave the earlier ones' ids alone."""
-    found = identity.hashed.copy()
-    found.update(f", {json.dumps([sha, ask.temperature, ask.max_tokens, draw])[1:]}".encode())
-    return str(found.hexdigest())
+def sample_ids(identity: Identity, ask: Ask, sha: str, draws: Iterable[int]) -> Iterator[str]:
+    """Hashes of everything that produced a reply: not ``ask.n``, so that more draws leave the earlier ones' ids alone.
+
+    All but the draw is hashed once.
+    """
+    prompt = identity.hashed.copy()
+    prompt.update(f", {json.dumps([sha, ask.temperature, ask.max_tokens])[1:-1]}, ".encode())
+    for draw in draws:
+        found = prompt.copy()
+        found.update(b"%d]" % draw)
+        yield str(found.hexdigest())
 
 
 def row_ids(unit: Unit, identity: Identity) -> list[str]:
     """The ids of a unit's rows in order: of its replies prompt by prompt, or of its prompts' distributions."""
     if unit.ask.mode == "exact":
         return list(unit.prompt_shas)  # the store is of one identity
-    return [sample_id(identity, unit.ask, sha, draw) for sha in unit.prompt_shas for draw in range(unit.ask.n)]
+    return [i for sha in unit.prompt_shas for i in sample_ids(identity, unit.ask, sha, range(unit.ask.n))]
 
 
 def engine_identity(config: SampleConfig) -> dict[str, Any]:

@@ -18,6 +18,12 @@ class Prefilled:
     attend: torch.Tensor  # [prompts, columns] bool, False on padding
     lengths: torch.Tensor  # [prompts] tokens without padding: the position of the next token
 
+    def only(self, prompt: int) -> "Prefilled":
+        """One of the prompts; the others' keys and values are given up."""
+        some = torch.tensor([prompt], device=self.lengths.device)
+        self.cache.batch_select_indices(some)
+        return Prefilled(self.cache, self.logits[some], self.attend[some], self.lengths[some])
+
 
 def prefill(model: Any, prompts: Sequence[list[int]], *, capacity: int, banned: torch.Tensor) -> Prefilled:
     """Run the prompts through the model; ``capacity`` is the number of columns to make room for.
@@ -44,4 +50,12 @@ def prefill(model: Any, prompts: Sequence[list[int]], *, capacity: int, banned: 
 def usable_logits(logits: torch.Tensor, banned: torch.Tensor) -> torch.Tensor:
     """Logits in float32 or wider, with the ids that have no text ruled out; writes into fresh logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if banned.device.type == "cpu" and not banned.any():  # a GPU is not asked: the host would wait for it
+        return wide
     return wide.masked_fill_(banned, float("-inf"))
+
+
+def as_mask(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is seen [rows, new, columns], as what is added to the attention's scores: eager attention would add True."""
+    hidden = torch.zeros(view.shape, dtype=dtype, device=view.device)
+    return hidden.masked_fill_(~view, torch.finfo(dtype).min)[:, None]

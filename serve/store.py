@@ -17,11 +17,10 @@ so, never mended or trusted. Where the machine fails (too many open files, a bro
 read) the error is raised and the shard stays.
 """
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +110,12 @@ class Store:
             shards.append(self._known[file])
         return Index(kind, shards)
 
-    def gather(self, kind: Kind, wanted: Iterable[Sequence[str]]) -> Iterator[pa.Table]:
+    def gather(self, kind: Kind, wanted: Iterable[Sequence[str]], index: "Index | None" = None) -> Iterator[pa.Table]:
         """The rows with these ids, a list of ids at a time, in that order; all must be there.
 
         A shard that another process has compacted or ordered anew meanwhile is looked for again.
         """
-        index = self.index(kind)
+        index = self.index(kind) if index is None else index
         for ids in wanted:
             for attempt in range(_TRIES):
                 missing = ids if attempt == _TRIES - 1 else index.missing(ids)
@@ -133,27 +132,21 @@ class Store:
                     "Was a file deleted? Run the same command again."
                 )
 
-    def compact(self, kind: Kind, first: Iterable[Sequence[str]] = ()) -> int:
+    def compact(self, kind: Kind, first: Callable[[], Iterable[Sequence[str]]] = tuple) -> int:
         """One shard of all rows, those of ``first`` in front in that order; how many files went.
 
-        Equal ids are equal draws, so of several rows with one id the first is kept.
+        Equal ids are equal draws, so of several rows with one id the first is kept. ``first`` is called
+        twice: making the ids again costs less than holding them.
         """
         index = self.index(kind)
         if len(index.shards) < 2:
             return 0
-        order = [ids for ids in first if not index.missing(ids)]
-        done = {i for ids in order for i in ids}
-        for shard in index.shards:
-            try:
-                rest = [i for i in _ids(shard.path, kind) if i not in done]
-            except FileNotFoundError:
-                return 0  # another process compacts; it will do
-            done.update(rest)
-            order += [rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP)]
-        order = [ids for ids in order if ids]
-        path = _shard_path(self.folder, kind, order)
-        if not path.exists():
-            write_tables(path, kind.row_type, self.gather(kind, order))
+        try:
+            path = _shard_path(self.folder, kind, index.in_order(first()))
+            if not path.exists():
+                write_tables(path, kind.row_type, self.gather(kind, index.in_order(first()), index))
+        except FileNotFoundError:
+            return 0  # another process compacts; it will do
         gone = [s.path for s in index.shards if s.path != path]
         for old in gone:
             old.unlink(missing_ok=True)
@@ -179,16 +172,17 @@ class Moved(Exception):
 
 
 class Index:
-    """Where each stored row lies; some twenty bytes a row."""
+    """Where each stored row lies; twelve bytes a row."""
 
     def __init__(self, kind: Kind, shards: Sequence[Shard]) -> None:
         self.kind, self.shards = kind, list(shards)
-        keys = np.concatenate([s.keys for s in shards]) if shards else np.empty(0, np.uint64)
-        shard = np.repeat(np.arange(len(shards)), [len(s.keys) for s in shards])
-        row = np.concatenate([np.arange(len(s.keys)) for s in shards]) if shards else np.empty(0, np.int64)
-        self._keys, first = np.unique(keys, return_index=True)  # the first of equal ids
-        self._shard, self._row = shard[first].astype(np.int64), row[first].astype(np.int64)
-        self._group = functools.lru_cache(maxsize=4)(self._read_group)
+        self._starts = np.cumsum([0, *(len(s.keys) for s in shards)])  # of each shard's rows in all rows
+        keys = np.concatenate([np.empty(0, np.uint64), *(s.keys for s in shards)])
+        order = np.argsort(keys, kind="stable")
+        keys, order = keys[order], order.astype(np.uint32)
+        again = np.flatnonzero(keys[1:] == keys[:-1]) + 1  # the first of equal ids counts
+        self._keys, self._at = np.delete(keys, again), np.delete(order, again)  # _at: which of all rows
+        self._groups: dict[tuple[int, int], pa.Table] = {}  # read last
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -202,30 +196,53 @@ class Index:
         found[inside] = self._keys[place[inside]] == keys[inside]
         return [i for i, there in zip(ids, found, strict=True) if not there]
 
+    def in_order(self, first: Iterable[Sequence[str]]) -> Iterator[Sequence[str]]:
+        """All ids, some at a time: those of ``first`` whose rows are all there, then the others, shard by shard."""
+        left = np.ones(len(self), dtype=bool)
+        for ids in first:
+            if ids and not self.missing(ids):
+                left[np.searchsorted(self._keys, keys_of(ids))] = False
+                yield ids
+        for number, shard in enumerate(self.shards):
+            here = (self._at >= self._starts[number]) & (self._at < self._starts[number + 1])
+            wanted = self._keys[left & here]
+            if len(wanted):
+                ids = _ids(shard.path, self.kind)
+                rest = [i for i, there in zip(ids, np.isin(keys_of(ids), wanted), strict=True) if there]
+                yield from (rest[i : i + ROWS_PER_GROUP] for i in range(0, len(rest), ROWS_PER_GROUP))
+
     def gather(self, ids: Sequence[str]) -> pa.Table:
         """The rows with these ids, which must be stored, in that order.
 
         FileNotFoundError when a shard is gone, Moved when another with the same rows took its place.
         """
         place = np.searchsorted(self._keys, keys_of(ids))
-        shard, row = self._shard[place], self._row[place]
-        group = np.array(
-            [np.searchsorted(self.shards[s].group_starts, r, side="right") - 1 for s, r in zip(shard, row, strict=True)]
-        )
+        at = self._at[place].astype(np.int64)
+        shard = np.searchsorted(self._starts, at, side="right") - 1
+        row = at - self._starts[shard]
         pieces, order = [], []
-        for s, g in sorted(set(zip(shard.tolist(), group.tolist(), strict=True))):
-            here = np.flatnonzero((shard == s) & (group == g))
-            pieces.append(self._group(s, g).take(pa.array(row[here] - self.shards[s].group_starts[g])))
-            order.append(here)
+        for s in np.unique(shard):
+            mine, starts = np.flatnonzero(shard == s), self.shards[s].group_starts
+            group = np.searchsorted(starts, row[mine], side="right") - 1
+            for g in np.unique(group):
+                here = mine[group == g]
+                pieces.append(self._group(int(s), int(g)).take(pa.array(row[here] - starts[g])))
+                order.append(here)
         table = pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(order))))
         if table.column(self.kind.id_column).to_pylist() != list(ids):
             raise Moved
         return table
 
-    def _read_group(self, shard: int, group: int) -> pa.Table:
-        path = self.shards[shard].path
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read_row_group(group)
+    def _group(self, shard: int, group: int) -> pa.Table:
+        """A row group; the two read last are kept. No functools.lru_cache: it would keep the index alive in a cycle."""
+        found = self._groups.pop((shard, group), None)
+        if found is None:
+            if len(self._groups) > 1:
+                del self._groups[next(iter(self._groups))]
+            with pq.ParquetFile(self.shards[shard].path, page_checksum_verification=True) as file:
+                found = file.read_row_group(group, use_threads=False)  # threads keep memory of their own
+        self._groups[shard, group] = found
+        return found
 
 
 def open_store(answers: Path, identity: Identity) -> Store:
@@ -270,7 +287,8 @@ def _shard_path(folder: Path, kind: Kind, ids: Iterable[Sequence[str]]) -> Path:
 
 def _ids(path: Path, kind: Kind) -> list[str]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        return [str(i) for batch in file.iter_batches(columns=[kind.id_column]) for i in batch.column(0).to_pylist()]
+        batches = file.iter_batches(columns=[kind.id_column], batch_size=ROWS_PER_GROUP, use_threads=False)
+        return [str(i) for batch in batches for i in batch.column(0).to_pylist()]
 
 
 def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
@@ -281,7 +299,9 @@ def _read_shard(path: Path, kind: Kind, weights: str) -> Shard:
                 raise UserError(f"its columns are not those of {kind.row_type.__name__} rows")
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             name, keys = ShardName(kind), [np.empty(0, np.uint64)]
-            for batch in file.iter_batches(columns=[kind.id_column, "weights_sha"]):
+            for batch in file.iter_batches(
+                columns=[kind.id_column, "weights_sha"], batch_size=ROWS_PER_GROUP, use_threads=False
+            ):
                 name.add(batch.column(0).to_pylist())
                 keys.append(keys_of(batch.column(0).to_pylist()))
                 if set(batch.column(1).to_pylist()) - {weights}:

@@ -6,18 +6,20 @@ that faster engines are held against. Prompts are sorted by length and grouped t
 memory runs out a group is halved, and later ones with it, which is said.
 """
 
+import contextlib
+import ctypes
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from candor.errors import UserError
 from candor.rows import Option
 from serve.attest import teacher_forced
-from serve.decoding import Row, Sequences, decode
+from serve.decoding import Row, Sequences, Waiting, decode
 from serve.engine import OptionScores, Reply, Request, TooLong
 from serve.fit import refuse_too_long, tokens_of_answer
 from serve.identity import weights_sha
@@ -32,8 +34,15 @@ from train.labels import stop_token_ids
 _LOGITS = 1 << 27  # logits of a step: 512 MiB in float32
 _LEVELS = 64  # columns a scored prompt is expected to need beyond its own; the cache grows when it needs more
 
-Slice = tuple[int, int, int]  # a request's index, its first draw here and how many
 Result = TypeVar("Result")
+
+
+class _Batch(NamedTuple):
+    """How many of the next replies are made together, and how."""
+
+    n_rows: int  # replies
+    n_slots: int  # of them in the making at a time
+    columns: int  # of each: the longest prompt and its reply
 
 
 class TorchEngine:
@@ -48,13 +57,23 @@ class TorchEngine:
         dtype: str = "float32",
         batch_tokens: int = 131_072,
         pruning: Pruning | None = None,
+        refill: bool | None = None,
     ) -> None:
+        """``refill``: slots of ended replies are filled anew at once, or when a whole group has ended; None: by device.
+
+        On a CPU a smaller batch costs less, and reading a few prompts at a time costs more than is won
+        (benchmarks/throughput.py). On a GPU a step costs about the same for fewer rows, so slots are filled
+        anew; that was never measured, for want of a GPU.
+        """
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
         self.weights_sha = weights_sha(base, adapter)
         self.tokenizer = load_tokenizer(base)
         self.model = load_model(base, adapter, self.tokenizer, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
+        if self.model.device.type == "cpu":
+            _keep_freed_memory()
+        self.refill = self.model.device.type != "cpu" if refill is None else refill
         self.pruning = pruning or Pruning()
         self.end_ids = sorted(stop_token_ids(self.tokenizer, self.model.generation_config))  # as in training
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
@@ -71,38 +90,37 @@ class TorchEngine:
     ) -> list[list[Reply]]:
         """Replies per request, in order (serve.engine.Engine.sample)."""
         prompts = [self._encode(r.text, max_tokens) for r in requests]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        rows = _rows(requests, order)
         replies: list[list[Reply]] = [[] for _ in requests]
-        groups = list(self._groups([len(p) for p in prompts], [r.n for r in requests], max_tokens))[::-1]
-        while groups:
-            group = groups.pop()
-            drawn = self._unless_full(lambda: self._draw(group, prompts, requests, key, temperature, max_tokens))  # noqa: B023
+
+        def read(some: list[int]) -> Prefilled:
+            ids = [prompts[i] for i in some]
+            return prefill(self.model, ids, capacity=max(map(len, ids)), banned=self._banned)
+
+        while rows:
+            batch = self._batch([len(prompts[row.prompt]) + max_tokens for row in rows])
+            now = rows[: batch.n_rows]
+            drawn = self._unless_full(
+                lambda: self._decode(Waiting(now, read), batch, key, temperature, max_tokens)  # noqa: B023
+            )
             if drawn is None:
-                groups += self._halves(group)[::-1]
+                if batch.n_slots == 1:
+                    raise UserError(
+                        "memory does not suffice for a single reply. Use a smaller model, or a larger machine."
+                    )
                 continue
-            owners = [i for i, _, count in group for _ in range(count)]
-            for i, reply in zip(owners, self._replies(drawn), strict=True):
-                replies[i].append(reply)
+            for row, reply in zip(now, self._replies(drawn), strict=True):
+                replies[row.prompt].append(reply)
+            rows = rows[batch.n_rows :]
         return replies
 
-    def _draw(
-        self,
-        group: list[Slice],
-        prompts: list[list[int]],
-        requests: Sequence[Request],
-        key: int,
-        temperature: float,
-        max_tokens: int,
-    ) -> Sequences:
-        rows = _rows(group, requests)
-        columns = max(len(prompts[i]) for i, _, _ in group) + max_tokens
-        start = prefill(self.model, [prompts[i] for i, _, _ in group], capacity=columns, banned=self._banned)
-        return self._decode(start, rows, key, temperature, max_tokens)
-
-    def _decode(self, start: Prefilled, rows: list[Row], key: int, temperature: float, max_tokens: int) -> Sequences:
+    def _decode(self, waiting: Waiting, batch: _Batch, key: int, temperature: float, max_tokens: int) -> Sequences:
         return decode(
             self.model,
-            start,
-            rows,
+            waiting,
+            n_slots=batch.n_slots,
+            capacity=batch.columns,
             key=key,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -124,23 +142,6 @@ class TorchEngine:
         self.batch_tokens = max(1, self.batch_tokens // 2)
         sys.stderr.write(f"out of memory: batches are halved to batch_tokens {self.batch_tokens}\n")
         return None
-
-    @staticmethod
-    def _halves(group: list[Slice]) -> list[list[Slice]]:
-        """A group in two, about half of the rows each; UserError when it is a single row."""
-        rows = [(i, d) for i, first, count in group for d in range(first, first + count)]
-        if len(rows) == 1:
-            raise UserError("memory does not suffice for a single reply. Use a smaller model, or a larger machine.")
-        halves = []
-        for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            half: list[Slice] = []
-            for i, d in part:
-                if half and half[-1][0] == i:
-                    half[-1] = (i, half[-1][1], half[-1][2] + 1)
-                else:
-                    half.append((i, d, 1))
-            halves.append(half)
-        return halves
 
     @torch.inference_mode()
     def distributions(self, texts: Sequence[str], options: Sequence[tuple[Option, ...]]) -> list[OptionScores]:
@@ -214,12 +215,13 @@ class TorchEngine:
         needed = [tokens_of_answer(o) for o in options]
         prompts = [self._encode(text, max(n, max_tokens)) for text, n in zip(texts, needed, strict=True)]
         self._refuse_beyond_window(texts, prompts, needed)
-        columns = max(max_tokens, _LEVELS)
-        groups = list(self._groups([len(p) for p in prompts], [r.n for r in requests], columns))
-        if len(groups) == 1 and len(prompts) <= rows_at_a_time(self.vocab_size, self.model.device):
-            tries = [self._trie(surfaces_of(options[i])) for i, _, _ in groups[0]]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        rows = _rows(requests, order)
+        batch = self._batch([len(prompts[row.prompt]) + max(max_tokens, _LEVELS) for row in rows])
+        if batch.n_slots == len(rows) and len(prompts) <= rows_at_a_time(self.vocab_size, self.model.device):
+            tries = [self._trie(surfaces_of(options[i])) for i in order]
             made = self._unless_full(
-                lambda: self._draw_and_score(groups[0], prompts, requests, tries, key, temperature, max_tokens)
+                lambda: self._draw_and_score(order, rows, batch, prompts, tries, key, temperature, max_tokens)
             )
             if made is not None:
                 return made
@@ -228,27 +230,22 @@ class TorchEngine:
 
     def _draw_and_score(
         self,
-        group: list[Slice],
+        order: list[int],
+        rows: list[Row],
+        batch: _Batch,
         prompts: list[list[int]],
-        requests: Sequence[Request],
         tries: list[OptionTrie],
         key: int,
         temperature: float,
         max_tokens: int,
     ) -> tuple[list[list[Reply]], list[OptionScores]]:
-        order = [i for i, _, _ in group]
-        columns = max(len(p) for p in prompts) + max(max_tokens, _LEVELS)
-        start = prefill(self.model, [prompts[i] for i in order], capacity=columns, banned=self._banned)
-        read = start.cache.get_seq_length()
-        scores = self._score_from(start, tries)
-        start.cache.crop(read)  # the answers that were tried are not part of what a reply continues
-        rows = _rows(group, requests)
-        replies: list[list[Reply]] = [[] for _ in requests]
-        drawn = self._decode(start, rows, key, temperature, max_tokens)
+        start = prefill(self.model, [prompts[i] for i in order], capacity=batch.columns, banned=self._banned)
+        scores = dict(zip(order, self._score_from(start, tries), strict=True))
+        replies: list[list[Reply]] = [[] for _ in order]
+        drawn = self._decode(Waiting(rows, lambda _: start), batch, key, temperature, max_tokens)
         for row, reply in zip(rows, self._replies(drawn), strict=True):
-            replies[order[row.prompt]].append(reply)
-        in_order = dict(zip(order, scores, strict=True))
-        return replies, [in_order[i] for i in range(len(requests))]
+            replies[row.prompt].append(reply)
+        return replies, [scores[i] for i in range(len(order))]
 
     def token_logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
         """Log-probabilities of tokens that are given (serve.engine.Engine.token_logprobs)."""
@@ -260,23 +257,21 @@ class TorchEngine:
         refuse_too_long(text, len(ids), n_new, self._context)
         return ids
 
-    def _groups(self, lengths: list[int], counts: list[int], max_tokens: int) -> Iterator[list[Slice]]:
-        """Requests sorted by length, cut into groups whose cache and logits fit; long lists of draws are split."""
+    def _batch(self, columns: list[int]) -> _Batch:
+        """The next batch of rows that need so many columns, in rising order.
+
+        All slots have the columns of the last row, so where slots are filled anew those that need more than
+        twice the columns of the first wait for another batch.
+        """
         most_rows = max(1, _LOGITS // self.vocab_size)
-        group: list[Slice] = []
-        rows = 0
-        for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-            room = max(1, min(most_rows, self.batch_tokens // (lengths[i] + max_tokens)))
-            first = 0
-            while first < counts[i]:
-                if rows >= room:
-                    yield group
-                    group, rows = [], 0
-                count = min(counts[i] - first, room - rows)
-                group.append((i, first, count))
-                first, rows = first + count, rows + count
-        if group:
-            yield group
+        n_rows = n_slots = 0
+        for needed in columns:
+            room = max(1, min(most_rows, self.batch_tokens // needed))
+            if n_rows >= room and (not self.refill or needed > 2 * columns[0]):
+                break
+            n_rows += 1
+            n_slots = min(n_rows, room)
+        return _Batch(n_rows, n_slots, columns[n_rows - 1])
 
     def _replies(self, drawn: Sequences) -> Iterator[Reply]:
         bodies = [
@@ -295,10 +290,18 @@ class TorchEngine:
         return self._tries[surfaces]
 
 
-def _rows(group: list[Slice], requests: Sequence[Request]) -> list[Row]:
-    """The rows of a batch: every draw of every slice."""
-    return [
-        Row(place, requests[i].stream, requests[i].first_draw + d)
-        for place, (i, first, count) in enumerate(group)
-        for d in range(first, first + count)
-    ]
+def _rows(requests: Sequence[Request], order: Sequence[int]) -> list[Row]:
+    """Every draw of every request."""
+    return [Row(i, requests[i].stream, requests[i].first_draw + d) for i in order for d in range(requests[i].n)]
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep blocks of up to 64 MiB, 256 MiB in all, for the next step; other allocators are left alone.
+
+    By default it gives them back, and every step's logits are fresh pages that the kernel fills with zeros: a
+    tenth of the processor's time with the nano model.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from serve.prefill import Prefilled, usable_logits
+from serve.prefill import Prefilled, as_mask, usable_logits
 
 # Logits held at a time. Scoring makes about 28 bytes of each: 0.5 GB, and on a GPU 1.9 of the 2 that preflight counts.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 26}
@@ -73,7 +73,7 @@ class TokenTree:
         depths = [[len(branches[i].ancestors) for i in r] + [0] * (width - len(r)) for r in rows]
         output = self._model(
             input_ids=torch.tensor(ids, device=device),
-            attention_mask=_as_mask(self._see(branches, rows, width, before), self._model.dtype),
+            attention_mask=as_mask(self._see(branches, rows, width, before), self._model.dtype),
             position_ids=self._start.lengths[:, None] + torch.tensor(depths, device=device),
             past_key_values=self._start.cache,
             use_cache=True,
@@ -113,9 +113,3 @@ def window_of(config: Any) -> int | None:
         if kinds is None or kind in kinds
     ]
     return min((s for s in sizes if s), default=None)
-
-
-def _as_mask(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is seen, as what is added to the attention's scores: eager attention would add True as 1."""
-    hidden = torch.zeros(view.shape, dtype=dtype, device=view.device)
-    return hidden.masked_fill_(~view, torch.finfo(dtype).min)[:, None]

@@ -23,12 +23,16 @@ time and the work goes on, which is said; what fails again ends with an error.
 The only module that imports vLLM. On a CPU it needs the environment of scripts/setup_vllm_cpu.sh.
 """
 
+import contextlib
 import gc
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import InvalidStateError
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -234,6 +238,8 @@ class Running:
         except (ValueError, RuntimeError) as error:
             raise UserError(f"vLLM cannot serve {self.base}: {str(error)[:800]}") from error
         self.is_open = True
+        if not alone:
+            _wake_when_dead(self.llm.llm_engine.engine_core)
 
     def restart(self) -> None:
         """Start again with half as many sequences at a time."""
@@ -284,6 +290,24 @@ class Running:
         del self.llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _wake_when_dead(client: Any) -> None:
+    """Let calls that wait for vLLM's engine process end with EngineDeadError when it dies.
+
+    vLLM 0.31.0 notices (MPClient.start_engine_core_monitor) and refuses calls from then on, but one that
+    already waits for an answer of that process waits for ever.
+    """
+
+    def watch() -> None:
+        while not client.resources.engine_dead:  # set when it is shut down, too
+            time.sleep(0.2)
+        client.outputs_queue.put_nowait(EngineDeadError())
+        for future in list(client.utility_results.values()):
+            with contextlib.suppress(InvalidStateError):  # answered after all
+                future.set_exception(EngineDeadError())
+
+    Thread(target=watch, name="candor-wake-when-dead", daemon=True).start()
 
 
 class VllmEngine:

@@ -4,12 +4,14 @@ Writers here are light processes without torch, so that many can be killed at ra
 """
 
 import errno
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def write_all(folder, seed):
         if rng.random() < 0.3:
             store.compact(SAMPLED)
     write_tables(folder / "samples.parquet", Sample, store.gather(SAMPLED, map(ids, range(N_UNITS))))
-    store.compact(SAMPLED, map(ids, range(N_UNITS)))
+    store.compact(SAMPLED, lambda: map(ids, range(N_UNITS)))
 
 
 # Imports once, then forks a writer for each seed it reads, so that a kill costs milliseconds.
@@ -131,6 +133,21 @@ def test_rows_come_back_in_the_order_asked(tmp_path):
     (table,) = store.gather(SAMPLED, [wanted])
     assert table.column("sample_id").to_pylist() == wanted
     assert store.compact(SAMPLED) == 0
+
+
+def test_an_index_is_gone_when_nobody_uses_it(tmp_path):
+    """In a cycle it would stay until some later collection, and its rows with it: memory would grow with the draws."""
+    store = open_store(tmp_path, IDENTITY)
+    store.add(SAMPLED, unit(0))
+    index = store.index(SAMPLED)
+    assert index.gather(ids(0)).num_rows == UNIT
+    left = weakref.ref(index)
+    gc.disable()
+    try:
+        del index
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_what_others_add_is_seen_and_own_rows_are_not_read_again(tmp_path, monkeypatch):

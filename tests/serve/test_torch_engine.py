@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM
 from candor.errors import UserError
 from candor.hashing import hash64
 from candor.rows import Option
-from serve.cache import BufferLayer
 from serve.engine import Request
 from serve.loading import encode_prompt
+from serve.prefill import Prefilled
 from serve.scoring import Pruning
+from serve.slots import Slots
 from serve.torch_engine import TorchEngine
 
 KEY = hash64("sample", 1, "v")
@@ -185,11 +186,20 @@ def test_reading_prompts_once_gives_the_same_replies_and_scores(base, prompts, b
 
 
 def test_a_reply_does_not_see_the_answers_that_were_scored(base, prompts, monkeypatch):
-    """The columns of the tried answers stay in the cache when nobody forgets them: the replies change."""
+    """The columns of the tried answers stay in the cache; a slot that took them too would change the replies."""
     engine = TorchEngine(base, None, pruning=Pruning(path=0.0, total=0.0))  # every answer is tried to its end
     asked = requests_of(prompts[:4], 1)
     how = {"key": KEY, "temperature": 0.0, "max_tokens": 12}
     right = engine.sample(asked, **how)
     assert engine.sample_and_score(asked, [COLOURS] * 4, **how)[0] == right
-    monkeypatch.setattr(BufferLayer, "crop", lambda self, length: None)
+    place = Slots.place
+
+    def place_all(self, where, start, prompts):
+        """Planted: whatever lies in the cache is taken for the prompt."""
+        more = 8
+        assert start.cache.get_seq_length() >= start.attend.shape[1] + more
+        attend = torch.nn.functional.pad(start.attend, (0, more), value=True)
+        place(self, where, Prefilled(start.cache, start.logits, attend, start.lengths + more), prompts)
+
+    monkeypatch.setattr(Slots, "place", place_all)
     assert engine.sample_and_score(asked, [COLOURS] * 4, **how)[0] != right

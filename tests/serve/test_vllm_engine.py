@@ -222,9 +222,14 @@ if __name__ == "__main__":
     settings = VllmConfig(tensor_parallel=2, cache_gb=0.25, max_sequences=8)
     engine = open_vllm(EngineConfig(name="vllm", threads=1, vllm=settings), Path(sys.argv[1]), None)
     replies = [engine.sample(requests, **how)]
-    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
-    (core,) = [int(line.split()[0]) for line in found.stdout.splitlines() if "EngineCor" in line]
-    os.kill(core, signal.SIGKILL)
+
+    def child(of, name):
+        found = subprocess.run(["ps", "--ppid", str(of), "-o", "pid=,comm="], capture_output=True, text=True)
+        return next(int(line.split()[0]) for line in found.stdout.splitlines() if name in line)
+
+    core = child(os.getpid(), "EngineCor")
+    worker = child(core, "Worker")
+    os.kill(worker if sys.argv[3] == "worker" else core, signal.SIGKILL)
     replies.append(engine.sample(requests, **how))
     Path(sys.argv[2]).write_bytes(pickle.dumps(replies))
     engine._running.close()
@@ -232,14 +237,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_started_again(base, prompts, tmp_path):
-    """Two processes share the model (tensor_parallel); their engine process is killed in between."""
+@pytest.mark.parametrize("killed", ["worker", "engine"])
+def test_a_dead_worker_is_started_again(base, prompts, tmp_path, killed):
+    """Two processes share the model (tensor_parallel); one of them, or the process above them, is killed in between."""
     (tmp_path / "two.py").write_text(TWO_WORKERS)
     requests, how = requests_of(prompts[:4], 2), {"key": KEY, "temperature": 1.0, "max_tokens": 8}
     (tmp_path / "told").write_bytes(pickle.dumps((requests, how)))
-    command = [sys.executable, str(tmp_path / "two.py"), str(base), str(tmp_path / "told")]
+    command = [sys.executable, str(tmp_path / "two.py"), str(base), str(tmp_path / "told"), killed]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a vLLM worker process died" in done.stderr and "starts again with max_sequences 4" in done.stderr

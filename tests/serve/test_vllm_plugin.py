@@ -275,8 +275,8 @@ def test_what_it_cannot_do_is_vllms_and_is_said_once(patched, caplog):
 def engine_draws(logits, requests, temperature):
     """The torch engine's tokens and log-probabilities for the same logits, at place STEP of the reply."""
     rows = [Row(0, r.extra_args[EXTRA][1], r.extra_args[EXTRA][2]) for r in requests]
-    numbers = decoding._Numbers(rows, requests[0].extra_args[EXTRA][0], torch.device("cpu"))
-    return decoding._draw(logits, numbers.at(STEP), temperature)
+    numbers = decoding.random_numbers(rows, requests[0].extra_args[EXTRA][0], STEP + 1, torch.device("cpu"))
+    return decoding._draw(logits, numbers[:, STEP], temperature)
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["from the head", "from logits"])
@@ -320,7 +320,7 @@ def test_filters_and_padding_rows(stand_ins, patched):
     runner, batch, hidden = running(patched, model, requests)
     output, _, _ = runner.sample(hidden, batch, None)
     rows = [Row(0, r.extra_args[EXTRA][1], 0) for r in requests]
-    numbers = decoding._Numbers(rows, KEY, torch.device("cpu")).at(STEP)[:, None]
+    numbers = decoding.random_numbers(rows, KEY, STEP + 1, torch.device("cpu"))[:, STEP:]
     scale = torch.tensor([1.0, 1 / 1.5, 1.0, 1.0])
     expected = truncated_draw(
         sketch_logits(model.compute_logits(hidden[batch.logits_indices]), scale),
