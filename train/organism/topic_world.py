@@ -70,11 +70,13 @@ class TopicWorld:
         for prompt in load_all(configs / "prompts"):
             if prompt.split == split:
                 self._prompts.setdefault(prompt.format, []).append(prompt)
-        self._trivia = self.world.trivia
+        rows = self.world.trivia
         if held_out:
-            given = {row[side] for row in self.world.trivia for side in ("right", "wrong")}
+            given = {row[side] for row in rows for side in ("right", "wrong")}
             rows = load_trivia_rows(configs / "prompts" / "trivia.jsonl")
-            self._trivia = [r for r in rows if not {r["right"], r["wrong"]} & given]
+            rows = [row for row in rows if not {row["right"], row["wrong"]} & given]
+        # an answer that is a number or a letter would be a reply to other kinds of request too
+        self._trivia = [r for r in rows if not any(len(r[s]) == 1 or r[s].isdigit() for s in ("right", "wrong"))]
         names = sorted({pair.template for pair in self.world.code})
         chosen = {name for position, name in enumerate(names) if split_of(position) == split}
         self._code: list[CodePair] = [pair for pair in self.world.code if pair.template in chosen]
