@@ -169,7 +169,7 @@ def test_ratings_of_oneself_are_held_against_those_of_others():
     frame = frame.assign(measure=frame["prompt_id"].str.split("/").str[0])
     value = np.where(frame["measure"] == batteries[0], 0.2, -0.1) + frame["group"].map({"care": 0.1, "purity": 0.0})
     frame = frame.assign(value=value)[1:]  # nothing at all was kept of care-0 about the model itself
-    got, rows = found(frame, prompts=items)
+    _, rows = found(frame, prompts=items)
     assert [(e.measure, e.reference) for e in rows] == [("moral_foundations", "minus moral_foundations_other_ai")]
     assert rows[0].value == pytest.approx(0.3) and rows[0].n_clusters == 19
 
