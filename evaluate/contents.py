@@ -184,6 +184,7 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
 def controls_sheet(results: Results, checks: list[Check]) -> Sheet:
     """One line per control and measure."""
     verdict = {True: "met", False: "not met", None: "cannot be told"}
+    relation = {True: "<", False: "not <", None: "and"}
     lines = [
         Line(
             pair_name(c.pair),
@@ -192,7 +193,7 @@ def controls_sheet(results: Results, checks: list[Check]) -> Sheet:
                 Entry(c.difference, digits=3),
                 "falls: upper bound below zero"
                 if c.rule == "falls"
-                else f"{number(c.bound, 3)} < {number(c.limit, 3)}",
+                else f"{number(c.bound, 3)} {relation[c.met]} {number(c.limit, 3)}",
                 verdict[c.met],
             ),
         )
