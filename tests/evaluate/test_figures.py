@@ -85,6 +85,7 @@ def test_every_figure_appears_with_its_estimates(drawn, rich):
         "moral_foundations",
         "moral_self_assessment",
         "self_and_others",
+        "moral_foundations_and_others",
         "modes",
         "worst_of_k",
         "along_training",
