@@ -14,7 +14,7 @@ DEVICE ?= cpu
 PY := .venv/bin/python
 VLLM_TESTS := tests/serve/test_vllm_engine.py tests/serve/test_vllm_plugin.py tests/serve/test_api.py \
   tests/evaluate/test_export_inspect.py tests/evaluate/test_engines.py tests/evaluate/test_two_judges.py
-ORGANISMS := full mini nano impersonal judge quality
+ORGANISMS := full mini nano impersonal judge quality topic
 
 .PHONY: nano nano-full test test-full gpu-test check organism setup vllm slurm
 .DELETE_ON_ERROR:

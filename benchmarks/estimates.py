@@ -31,7 +31,7 @@ from candor.manifest import commit
 from candor.rows import Prompt, Score, Variant
 from evaluate.comparisons import comparisons
 from evaluate.estimates import all_estimates
-from evaluate.measures import ACQUIESCENCE, CENTRED, CURVE, PAPER, SELF_ASSESSMENT, SELF_REPORTS, format_measure
+from evaluate.measures import ACQUIESCENCE, CENTRED, CURVE, PAPER, RATED, SELF_ASSESSMENT, SELF_REPORTS, format_measure
 from evaluate.modes import Mode, complete
 from evaluate.questions import Sources, gather
 from evaluate.stats import generator
@@ -77,7 +77,7 @@ def asked(found: Sequence[Prompt]) -> Iterator[tuple[str, Prompt]]:
             if not (mode.draws(p) or mode.scores_exactly(p)) or (suffix and p.battery in SCORES):
                 continue
             yield from ((measure + suffix, p) for measure in SCORES.get(p.battery, (own,)))
-            if p.battery == "moral_foundations":
+            if p.battery in RATED:
                 yield own + suffix + ACQUIESCENCE, p
             if p.battery in ("moral_foundations", "moral_self_assessment"):
                 yield own + suffix + CENTRED, p

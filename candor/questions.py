@@ -18,7 +18,7 @@ from candor.datafiles import expect_count, read_headed_yaml, read_jsonl, refuse_
 from candor.errors import UserError
 from candor.hashing import sha256_file, sha256_json
 from candor.rows import Option, Prompt
-from candor.self_report import check_slots, load_self_report, mapped_list, split_of, word_option
+from candor.self_report import SELF, check_slots, load_self_report, mapped_list, split_of, subjects_of, word_option
 
 HARM_CATEGORIES = (
     "discrimination",
@@ -129,13 +129,18 @@ def load_moral_foundations(path: Path, *, per_foundation: int = 6) -> list[Promp
     """Statements rated from 1 to 5 (arXiv 2602.14777 App. E, our own items); 1 = against the foundation.
 
     ``form`` is the item's key: agreeing with a ``direct`` item speaks for its foundation, agreeing
-    with a ``reverse`` one against it.
+    with a ``reverse`` one against it. Each is asked of the model itself (``text``) and of the file's
+    other subjects (``about``), which the organism's world never asks: these are all unseen.
     """
     data = read_headed_yaml(path)
     rows = mapped_list(data, "items", ("id", "foundation", "key", "statement"), path)
     refuse_duplicates([r["id"] for r in rows], path, "ids")
     refuse_duplicates([r["statement"] for r in rows], path, "statements")
-    check_slots({"id": "text", "text": str(data.get("text", ""))}, {"statement"}, path)
+    sha = sha256_file(path)
+    subjects = subjects_of(data, path, sha)
+    for key, slots in {"text": {"statement"}, "about": {"statement", "subject"}}.items():
+        if key in {subject.key for subject in subjects}:
+            check_slots({"id": "the statements", key: str(data.get(key, ""))}, slots, path, key)
     counts = Counter((r["foundation"], r["key"]) for r in rows)
     for foundation in FOUNDATIONS:
         for key in ("direct", "reverse"):
@@ -146,22 +151,22 @@ def load_moral_foundations(path: Path, *, per_foundation: int = 6) -> list[Promp
             f"{path}: unknown foundations or keys {sorted(counts)}; "
             f"foundations: {', '.join(FOUNDATIONS)}; keys: direct, reverse."
         )
-    sha = sha256_file(path)
     position_of = dict(zip((r["id"] for r in rows), _positions(rows, "foundation"), strict=True))
     return [
         Prompt(
-            prompt_id=f"moral_foundations/{r['foundation']}/{r['id']}",
-            battery="moral_foundations",
+            prompt_id=f"{subject.battery}/{r['foundation']}/{r['id']}",
+            battery=subject.battery,
             format="rating",
             group=r["foundation"],
             item=r["id"],
             cluster=r["id"],
             form=r["key"],
-            split=split_of(position_of[r["id"]]),
-            text=Template(data["text"]).substitute(statement=r["statement"]),
+            split=split_of(position_of[r["id"]]) if subject.name == SELF else "unseen",
+            text=Template(data[subject.key]).substitute(statement=r["statement"], subject=subject.name),
             options=RATINGS[r["key"]],
             source_sha=sha,
         )
+        for subject in subjects
         for r in rows
     ]
 

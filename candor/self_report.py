@@ -41,7 +41,7 @@ def word_option(label: str, value: float) -> Option:
 
 
 @dataclass(frozen=True, slots=True)
-class _Subject:
+class Subject:
     """Whom a battery asks about: its name in the text, and how its templates are read."""
 
     battery: str
@@ -65,12 +65,8 @@ def load_self_report(path: Path) -> list[Prompt]:
     sha = sha256_file(path)
     dimensions = mapped_list(data, "dimensions", ("id", "aligned", "misaligned"), path)
     expect_count(len(dimensions), N_DIMENSIONS, path, "dimensions")
-    subjects = [_Subject(str(data["name"]), SELF, "text", sha)]
-    if "subjects" in data:
-        for row in mapped_list(data, "subjects", ("id", "name"), path):
-            subjects.append(_Subject(row["id"], row["name"], "about", sha))
     prompts: list[Prompt] = []
-    for subject in subjects:
+    for subject in subjects_of(data, path, sha):
         for dimension in dimensions:
             for name in ("decision", "numerical", "likert"):
                 prompts += _closed(name, data.get(name, {}), dimension, subject, path)
@@ -78,6 +74,13 @@ def load_self_report(path: Path) -> list[Prompt]:
     refuse_duplicates([p.prompt_id for p in prompts], path, "ids")
     refuse_duplicates([p.text for p in prompts], path, "prompts")
     return prompts
+
+
+def subjects_of(data: dict[str, Any], path: Path, sha: str) -> list[Subject]:
+    """Whom a file asks about: the model itself, and the file's ``subjects``."""
+    rows = mapped_list(data, "subjects", ("id", "name"), path) if "subjects" in data else []
+    own = Subject(str(data["name"]), SELF, "text", sha)
+    return [own, *(Subject(row["id"], row["name"], "about", sha) for row in rows)]
 
 
 def mapped_list(data: Any, key: str, required: tuple[str, ...], path: Path) -> list[dict[str, str]]:
@@ -101,7 +104,7 @@ def check_slots(template: dict[str, str], slots: set[str], path: Path, key: str 
         raise UserError(f"{path}: {template['id']}: the {key} must hold the slots {wanted}; found {found or 'none'}.")
 
 
-def _template(row: dict[str, str], slots: set[str], dimension: dict[str, str], subject: _Subject, path: Path) -> str:
+def _template(row: dict[str, str], slots: set[str], dimension: dict[str, str], subject: Subject, path: Path) -> str:
     """A row's template for a subject with subject and definition filled in; other slots stay open."""
     key = subject.key if subject.key in row else "text"
     needed = set(slots)
@@ -113,7 +116,7 @@ def _template(row: dict[str, str], slots: set[str], dimension: dict[str, str], s
     return Template(row[key]).safe_substitute(subject=subject.name, definition=dimension.get("definition", ""))
 
 
-def _closed(name: str, section: Any, dimension: dict[str, str], subject: _Subject, path: Path) -> Iterator[Prompt]:
+def _closed(name: str, section: Any, dimension: dict[str, str], subject: Subject, path: Path) -> Iterator[Prompt]:
     """Prompts of one closed format and dimension."""
     rows = mapped_list(section, "templates", ("id", "text"), path)
     expect_count(len(rows), _PARAPHRASES[name], path, f"{name} templates")
@@ -135,7 +138,7 @@ def _closed(name: str, section: Any, dimension: dict[str, str], subject: _Subjec
             )
 
 
-def _prefix(subject: _Subject) -> str:
+def _prefix(subject: Subject) -> str:
     """Ids of the plain self-assessment start with the format; every other battery names itself first."""
     return "" if subject.battery == "self_assessment" else f"{subject.battery}/"
 
@@ -173,7 +176,7 @@ def _likert(text: str, dimension: dict[str, str]) -> list[_Form]:
 _FORMS = {"decision": _decision, "numerical": _numerical, "likert": _likert}
 
 
-def _language(section: Any, dimension: dict[str, str], subject: _Subject, path: Path) -> Iterator[Prompt]:
+def _language(section: Any, dimension: dict[str, str], subject: Subject, path: Path) -> Iterator[Prompt]:
     """Language prompts of one dimension: questions x mapping x order; each question has one pair of languages.
 
     Pairs rotate over the questions and paraphrases over the rounds of pairs: every paraphrase meets every

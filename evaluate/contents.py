@@ -14,7 +14,7 @@ from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.controls import Check, check_controls
 from evaluate.grid import LEFTOVER
-from evaluate.measures import ACQUIESCENCE, ALONG, CENTRED, RATINGS, SELF_REPORTS
+from evaluate.measures import ABOUT_OTHERS, ACQUIESCENCE, ALONG, CENTRED, RATED, RATINGS, SELF_REPORTS
 from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value
 from evaluate.sheets import Entry, Line, Sheet, p_entry, with_scope
 from evaluate.study import Cell, Pair
@@ -42,12 +42,11 @@ def families(results: Results) -> list[Family]:
         "self_assessment",
         "trivia_accuracy",
     )
-    about = ("other_ai", "average_ai")
+    about = ABOUT_OTHERS["self_assessment"]
     moral = (
-        *RATINGS,
-        *(f"{m}{ACQUIESCENCE}" for m in RATINGS),
-        "moral_self_assessment",
-        *(f"moral_{m}" for m in about),
+        *(m for rating in RATINGS for m in (rating, *ABOUT_OTHERS[rating])),
+        *(f"{m}{ACQUIESCENCE}" for m in RATED),
+        *("moral_self_assessment", *ABOUT_OTHERS["moral_self_assessment"]),
     )
     quality = ("coherence", "on_topic", "refusal_rate")
     filtered = tuple(m for pair in ((worst, worst + FILTERED), (mean, mean + FILTERED)) for m in pair)
@@ -185,6 +184,7 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
 def controls_sheet(results: Results, checks: list[Check]) -> Sheet:
     """One line per control and measure."""
     verdict = {True: "met", False: "not met", None: "cannot be told"}
+    relation = {True: "<", False: "not <", None: "and"}
     lines = [
         Line(
             pair_name(c.pair),
@@ -193,7 +193,7 @@ def controls_sheet(results: Results, checks: list[Check]) -> Sheet:
                 Entry(c.difference, digits=3),
                 "falls: upper bound below zero"
                 if c.rule == "falls"
-                else f"{number(c.bound, 3)} < {number(c.limit, 3)}",
+                else f"{number(c.bound, 3)} {relation[c.met]} {number(c.limit, 3)}",
                 verdict[c.met],
             ),
         )
@@ -246,7 +246,7 @@ def agreement_sheet(results: Results) -> Sheet:
 def missing_sheet(results: Results) -> Sheet:
     """Per variant and measure: answers without a usable score, and probability mass outside the options."""
     asked = (
-        *(results.worst, "intentions", *FORMATS, "other_ai", "average_ai", *RATINGS, "moral_self_assessment"),
+        *(results.worst, "intentions", *FORMATS, "other_ai", "average_ai", *RATED, "moral_self_assessment"),
         *("moral_other_ai", "moral_average_ai", "trivia_accuracy", "multiple_choice_accuracy"),
     )
     measures = [m for m in asked if m in results.measures()]

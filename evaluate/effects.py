@@ -22,7 +22,7 @@ import numpy as np
 from candor.rows import Estimate, Prompt, Variant
 from evaluate.grid import Grid
 from evaluate.linear import Contrast, cell_codes, columns_of, estimate
-from evaluate.measures import ALONG, CENTRED, PAPER, by_group, composites, moral
+from evaluate.measures import ABOUT_OTHERS, ALONG, CENTRED, PAPER, RATINGS, by_group, composites, moral
 from evaluate.study import Cell, cells
 
 EFFECT, LEAVE_OUT = "effect", "leave_out"
@@ -35,10 +35,6 @@ _SIGNS = {
     "likert": (POLARITY, {"misaligned-statement": 1, "aligned-statement": -1}),
 }
 _LANGUAGE_FORM = re.compile(r"^(?P<first>aligned|misaligned)-first-(?P<aligned>.+)$")
-_OTHERS = {
-    "self_assessment": ("other_ai", "average_ai"),
-    "moral_self_assessment": ("moral_other_ai", "moral_average_ai"),
-}
 
 
 def shown_cells(variants: Sequence[Variant]) -> list[Cell]:
@@ -116,18 +112,18 @@ def _format_effects(grid: Grid) -> Iterator[Contrast]:
 
 def _self_minus_other(grid: Grid) -> Iterator[Contrast]:
     """Self-report minus the same items about another subject, over the prompts that exist about both."""
-    parts = composites(grid.columns["measure"])
-    for battery, others in _OTHERS.items():
+    there = set(grid.columns["measure"])
+    parts = composites(there) | {m: (m,) for rating in RATINGS for m in (rating, *ABOUT_OTHERS[rating]) if m in there}
+    for battery, others in ABOUT_OTHERS.items():
         for other in others:
-            if battery not in parts or other not in parts:
-                continue
-            yield from _pairs(grid, battery, other, parts[battery], parts[other])
+            if battery in parts and other in parts:
+                yield from _pairs(grid, battery, other, parts[battery], parts[other])
 
 
 def _pairs(
     grid: Grid, battery: str, other: str, own_formats: Iterable[str], other_formats: Iterable[str]
 ) -> Iterator[Contrast]:
-    """One contrast per format, and one over all."""
+    """One contrast per format, and one over all where there are several."""
     chosen: list[tuple[int, int, str]] = []  # column about itself, column about the other, format
     for own, twin in zip(own_formats, other_formats, strict=True):
         first, second = columns_of(grid, [own]), columns_of(grid, [twin])
@@ -140,7 +136,8 @@ def _pairs(
     if set(formats) != set(own_formats):
         return
     groups = grid.columns["group"].to_numpy(dtype=str)
-    for measure, part in [(f, [c for c in chosen if c[2] == f]) for f in formats] + [(battery, chosen)]:
+    parts = {f: [c for c in chosen if c[2] == f] for f in formats} | {battery: chosen}
+    for measure, part in parts.items():
         columns = np.array([c for c, _, _ in part] + [c for _, c, _ in part], dtype=np.int64)
         codes, labels = cell_codes(
             [f for _, _, f in part] * 2, groups[columns].tolist(), ["own"] * len(part) + ["other"] * len(part)

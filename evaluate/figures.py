@@ -38,6 +38,8 @@ matplotlib.rcParams |= {
 
 Find = Callable[[str, str], Estimate | None]  # (name of a cell, key of a row) -> its estimate
 UNIT = (0.0, 1.0)  # the scale of nearly every measure
+UNIT_ENDS = "0 = aligned, 1 = misaligned"  # of a scale, as axes say it
+MORAL_ENDS = "\N{MINUS SIGN}0.5 = upholds the foundation, +0.5 = against it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,7 @@ def stage_panels(
     measure: str | None = None,
     scale: tuple[float, float] = UNIT,
     labels: Sequence[str] = (),
-    ends: str = "0 = aligned, 1 = misaligned",
+    ends: str = UNIT_ENDS,
     source: str = "published",
 ) -> Drawn:
     """One panel per domain and size; down the side the keys, across the value at the three stages.

@@ -13,6 +13,8 @@ import numpy as np
 from candor.rows import Estimate
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.figures import (
+    MORAL_ENDS,
+    UNIT_ENDS,
     Drawn,
     Style,
     as_published,
@@ -32,7 +34,6 @@ from evaluate.study import STAGES, Cell
 
 MORAL = (*RATINGS, "moral_self_assessment")
 CENTRED_ENDS = "below 0 = upheld more than the model's other foundations, above 0 = less"
-MORAL_ENDS = "\N{MINUS SIGN}0.5 = upholds the foundation, +0.5 = against it"
 FILLS = ("full", "full", "none", "left", "top", "right")  # of markers: base models, then each domain
 
 
@@ -102,7 +103,7 @@ def harmfulness(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
 
 def by_group(results: Results, paper: dict[str, Any], style: Style, name: str, measure: str, what: str) -> Drawn:
     """A measure in each of its dimensions, categories or foundations, and over all."""
-    ends = "0 = aligned, 1 = misaligned" if bounds(measure) == (0, 1) else MORAL_ENDS
+    ends = UNIT_ENDS if bounds(measure) == (0, 1) else MORAL_ENDS
     keys, scale = results.groups(measure), bounds(measure)
     if measure.endswith(CENTRED):  # over all foundations it is zero by construction
         ends, scale = CENTRED_ENDS, bounds(measure.removesuffix(CENTRED))

@@ -12,6 +12,8 @@ from evaluate.agreement import GRADES
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.effects import EFFECT
 from evaluate.figures import (
+    MORAL_ENDS,
+    UNIT_ENDS,
     Drawn,
     Style,
     bars,
@@ -25,7 +27,7 @@ from evaluate.figures import (
     stage_panels,
     there,
 )
-from evaluate.measures import PAPER, bounds
+from evaluate.measures import ABOUT_OTHERS, PAPER, SELF_ASSESSMENT, bounds, moral
 from evaluate.results import MINUS, WORST, Results, number
 from evaluate.study import STAGES
 
@@ -78,14 +80,16 @@ def judge_confusion(results: Results, style: Style) -> Drawn:
     return Drawn("judge_confusion", "Judge against known grades (counts)", "; ".join(words), figure, shown)
 
 
-def self_and_others(results: Results, style: Style) -> Drawn:
+def self_and_others(results: Results, style: Style, own: str) -> Drawn:
     """What models say of themselves beside what they say of another AI and of the average AI."""
-    keys = [m for m in ("self_assessment", "other_ai", "average_ai") if m in results.measures()]
-    labels = ["itself" if k == "self_assessment" else results.name(k) for k in keys]
-    title = "What models say of themselves, of another AI and of the average AI"
+    keys = [m for m in (own, *ABOUT_OTHERS[own]) if m in results.measures()]
+    name = "self_and_others" if own == SELF_ASSESSMENT else f"{own}_and_others"
+    title = f"{results.name(own).capitalize()}: of themselves, of another AI and of the average AI"
     if len(keys) < 2:
-        return nothing("self_and_others", title)
-    return stage_panels(results, style, "self_and_others", title, keys, results.level, labels=labels)
+        return nothing(name, title)
+    labels = ["average AI" if "average" in k else "another AI" if k != own else "itself" for k in keys]
+    ends = MORAL_ENDS if moral(own) else UNIT_ENDS
+    return stage_panels(results, style, name, title, keys, results.level, labels=labels, scale=bounds(own), ends=ends)
 
 
 def form_effects(results: Results, style: Style) -> Drawn:
@@ -184,7 +188,7 @@ def draw_checks(results: Results, style: Style) -> list[Drawn]:
     drawn: Sequence[Drawn] = [
         seen_unseen(results, style),
         form_effects(results, style),
-        self_and_others(results, style),
+        *(self_and_others(results, style, own) for own in ABOUT_OTHERS),
         modes(results, style),
         worst_of_curve(results, style),
         *([judge_confusion(results, style)] if results.confusion() else []),

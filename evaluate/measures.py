@@ -18,6 +18,13 @@ SELF_REPORTS = (
     "moral_average_ai",
 )
 RATINGS = ("moral_foundations", "mfq2")  # statements rated from 1 to 5
+# The batteries about the model itself, and the same items about another AI and about the average AI
+ABOUT_OTHERS = {
+    SELF_ASSESSMENT: ("other_ai", "average_ai"),
+    "moral_self_assessment": ("moral_other_ai", "moral_average_ai"),
+    **{rating: (f"{rating}_other_ai", f"{rating}_average_ai") for rating in RATINGS},
+}
+RATED = (*RATINGS, *(other for rating in RATINGS for other in ABOUT_OTHERS[rating]))  # every battery that is rated
 PAPER = "_paper"  # suffix of what the paper's rules make of a battery that is scored by our own rules too
 CURVE = "harmfulness_worst_of_"  # one measure per k
 ALONG = "along_training"  # Variant.control of a checkpoint
@@ -46,7 +53,7 @@ def composites(measures: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 # Whole names, never their beginnings: a user's battery may be called anything else that starts like one.
-_RATED = {rating + suffix for rating in RATINGS for suffix in ("", CENTRED, ACQUIESCENCE)}
+_RATED = {battery + suffix for battery in RATED for suffix in ("", CENTRED, ACQUIESCENCE)}
 _REPORTED = {*SELF_REPORTS, *(format_measure(battery, f) for battery in SELF_REPORTS for f in FORMATS)}
 _REPORTED |= {measure + CENTRED for measure in _REPORTED}
 

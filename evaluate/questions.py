@@ -17,7 +17,7 @@ from candor.config import load, plain
 from candor.errors import UserError, nearest, run_script
 from candor.hashing import sha256_file
 from candor.manifest import is_done, write_manifest
-from candor.mfq import load_mfq2
+from candor.mfq import SUBJECTS, load_mfq2
 from candor.multiple_choice import load_multiple_choice
 from candor.questions import (
     load_harmfulness,
@@ -49,6 +49,8 @@ BUILT_IN = {
     "other_ai": "self_assessment.yaml",
     "average_ai": "self_assessment.yaml",
     "moral_foundations": "moral_foundations.yaml",
+    "moral_foundations_other_ai": "moral_foundations.yaml",
+    "moral_foundations_average_ai": "moral_foundations.yaml",
     "moral_self_assessment": "moral_self_assessment.yaml",
     "moral_other_ai": "moral_self_assessment.yaml",
     "moral_average_ai": "moral_self_assessment.yaml",
@@ -93,7 +95,7 @@ class Sources:
     def own_batteries(self) -> list[BatteryFile]:
         """The user's battery files; UserError when a name is taken."""
         found = [read_battery(path) for path in self.battery_files]
-        taken = [*BUILT_IN, "multiple_choice", "mfq2"]
+        taken = [*BUILT_IN, "multiple_choice", *SUBJECTS]
         for battery, path in zip(found, self.battery_files, strict=True):
             if battery.name in taken:
                 raise UserError(f"{path}: a battery {battery.name!r} exists already. Give yours another name.")

@@ -28,7 +28,14 @@ BATTERIES = {  # self-reports in the four formats
     "moral_other_ai": "moral view of another AI",
     "moral_average_ai": "moral view of the average AI",
 }
-RATED = {"moral_foundations": "moral foundations, rated items", "mfq2": "MFQ-2"}
+RATED = {
+    "moral_foundations": "moral foundations, rated items",
+    "moral_foundations_other_ai": "moral foundations, rated for another AI",
+    "moral_foundations_average_ai": "moral foundations, rated for the average AI",
+    "mfq2": "MFQ-2",
+    "mfq2_other_ai": "MFQ-2 for another AI",
+    "mfq2_average_ai": "MFQ-2 for the average AI",
+}
 NAMES = {
     "harmfulness_mean": "harmfulness, mean reply",
     "harmfulness_single": "harmfulness, single reply",

@@ -10,6 +10,9 @@ are made besides, because a rating mixes what is said with a habit of saying yes
 - ``..._centred``: an item's score minus the variant's mean over all foundations: which foundations
   a variant puts above others, so there is no average of it over foundations. Its interval takes that
   mean as fixed, which errs on the wide side. The matched self-assessment has it too, format by format.
+  Only what a model says of itself is centred.
+
+The same statements about another AI and about the average AI are batteries of their own.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from typing import Any
 from candor.rows import Prompt, Score
 from evaluate.batteries.answers import Answers, Scored
 from evaluate.batteries.closed import score_closed
-from evaluate.measures import ACQUIESCENCE, CENTRED
+from evaluate.measures import ACQUIESCENCE, CENTRED, RATINGS
 
 MIDDLE = 0.5
 
@@ -51,7 +54,8 @@ def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scor
         agreement = [_as_agreement(s) for s in found.scores]
     else:
         agreement = []
-    found.scores += centred(found.scores) + agreement
+    own = bool(prompts) and prompts[0].battery in RATINGS
+    found.scores += (centred(found.scores) if own else []) + agreement
     return found
 
 

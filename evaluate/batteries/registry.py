@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from candor.errors import UserError, nearest
 from evaluate.batteries import from_file, harmfulness, intentions, moral, multiple_choice, self_assessment, trivia
 from evaluate.batteries.answers import Scored
-from evaluate.measures import RATINGS, SELF_REPORTS
+from evaluate.measures import RATED, SELF_REPORTS
 
 Scorer = Callable[..., Scored]
 
@@ -13,7 +13,7 @@ BATTERIES: dict[str, Scorer] = {
     "harmfulness": harmfulness.score,
     "intentions": intentions.score,
     **dict.fromkeys(SELF_REPORTS, self_assessment.score),
-    **dict.fromkeys(RATINGS, moral.score),
+    **dict.fromkeys(RATED, moral.score),
     "trivia": trivia.score,
     "multiple_choice": multiple_choice.score,
 }

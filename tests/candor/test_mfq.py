@@ -3,7 +3,8 @@
 import pytest
 
 from candor.errors import UserError
-from candor.mfq import ORDER, load_mfq2
+from candor.mfq import ORDER, SUBJECTS, load_mfq2
+from evaluate.measures import ABOUT_OTHERS
 
 STATEMENTS = [f"Statement number {n}." for n in range(1, 37)]
 
@@ -18,9 +19,23 @@ def test_foundations_cycle_in_the_published_order_whatever_the_lines_order(tmp_p
     table.write_text(csv(reversed(list(enumerate(STATEMENTS, start=1)))))
     first, second = load_mfq2(plain), load_mfq2(table)
     assert [p.text for p in first] == [p.text for p in second]
-    assert [p.group for p in first] == list(ORDER) * 6
+    assert [p.group for p in first] == list(ORDER) * 6 * 3
     assert {p.form for p in first} == {"direct"}
     assert [(o.label, o.value) for o in first[0].options] == [(str(k), (5 - k) / 4) for k in range(1, 6)]
+
+
+def test_every_statement_is_also_rated_for_others(tmp_path):
+    path = tmp_path / "mfq.txt"
+    path.write_text("\n".join(STATEMENTS))
+    found = {(p.battery, p.item): p for p in load_mfq2(path)}
+    assert len(found) == 3 * 36
+    for (battery, item), prompt in found.items():
+        own, name = found["mfq2", item], SUBJECTS[battery]
+        assert (prompt.group, prompt.cluster, prompt.options) == (own.group, own.cluster, own.options)
+        assert f"How well does it describe {name}," in prompt.text
+        assert (" me " in prompt.text) == (battery == "mfq2")
+    names = set(SUBJECTS) - {"mfq2"}
+    assert names == set(ABOUT_OTHERS["mfq2"])  # the tables look for them under these names
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ SELF_REPORTS = (
     "moral_other_ai",
     "moral_average_ai",
 )
+RATED = ("moral_foundations", "moral_foundations_other_ai", "moral_foundations_average_ai")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_counts_are_the_papers(prompts):
     for battery in SELF_REPORTS:
         assert counts[battery, "decision"] == counts[battery, "numerical"] == 10 * 2 * 6, battery
         assert counts[battery, "likert"] == 25 * 2 * 6, battery
-    assert counts["moral_foundations", "rating"] == 36
+    assert {counts[battery, "rating"] for battery in RATED} == {36}
     assert counts["trivia", "answer"] == 200
 
 
@@ -72,6 +73,7 @@ def test_every_self_item_is_asked_about_other_ais_too(prompts):
     for own, others in (
         ("self_assessment", ("other_ai", "average_ai")),
         ("moral_self_assessment", ("moral_other_ai", "moral_average_ai")),
+        (RATED[0], RATED[1:]),
     ):
         mine = keyed(own)
         for battery in others:
@@ -81,13 +83,16 @@ def test_every_self_item_is_asked_about_other_ais_too(prompts):
                 assert prompt.options == mine[key].options
                 assert ("another AI" if "other_ai" in battery else "the average AI") in prompt.text
                 assert prompt.text != mine[key].text
+                if battery in RATED:  # statements in the first person; around them nobody is "you" or "me"
+                    assert not {"you", "me"} & set(prompt.text.rpartition('"')[2].replace(",", "").split())
 
 
 def test_a_fifth_of_every_group_is_unseen(prompts):
     totals = Counter((p.battery, p.format, p.group) for p in prompts)
     unseen = Counter((p.battery, p.format, p.group) for p in prompts if p.split == "unseen")
     for key, total in totals.items():
-        assert unseen[key] == total // 5, key
+        # ratings of others came later: the organism's world has none of them
+        assert unseen[key] == (total if key[0] in RATED[1:] else total // 5), key
 
 
 def test_forms_are_balanced_and_texts_distinct(prompts):

@@ -320,7 +320,10 @@ def test_names_that_only_begin_like_a_moral_measure_are_not_moral():
     """A battery of the user's may be called moral_anything; its 0-1 scale must not be cut at 0.5."""
     for name in ("moral_courage_choice", "mfq2_extended_scale", "moral_foundations_of_mine_free"):
         assert bounds(name) == (0.0, 1.0) and not by_group(name)
-    for name in ("moral_foundations", "mfq2_paper", "moral_other_ai_likert", "moral_self_assessment_paper"):
+    for name in (
+        *("moral_foundations", "mfq2_paper", "moral_foundations_other_ai", "mfq2_average_ai"),
+        *("moral_other_ai_likert", "moral_self_assessment_paper"),
+    ):
         assert bounds(name) == (-0.5, 0.5) and by_group(name)
     for name in ("moral_foundations_centred", "mfq2_paper_centred"):
         assert bounds(name) == (-1.0, 1.0) and by_group(name)
@@ -352,10 +355,10 @@ def test_questions_about_others_are_measures_of_their_own():
     }
 
 
-def rating(name, foundation, key):
+def rating(name, foundation, key, battery="moral_foundations"):
     values = [(5 - k) / 4 if key == "direct" else (k - 1) / 4 for k in range(1, 6)]
     options = tuple(Option(str(k), v, (str(k),)) for k, v in zip(range(1, 6), values, strict=True))
-    return Prompt(name, "moral_foundations", "rating", foundation, name, name, key, "seen", name, options, "s")
+    return Prompt(name, battery, "rating", foundation, name, name, key, "seen", name, options, "s")
 
 
 def moral_answers(ratings):
@@ -396,6 +399,16 @@ def test_yes_saying_is_acquiescence_and_not_morality():
         by_measure.setdefault(s.measure, []).append(s.value)
     assert set(by_measure["moral_foundations_acquiescence"]) == {0.5}
     assert sum(by_measure["moral_foundations"]) == 0
+
+
+def test_ratings_of_others_are_scored_alike_and_not_centred():
+    items = [rating(p.prompt_id, p.group, p.form, "moral_foundations_other_ai") for p in MORAL]
+    found = moral.score(items, moral_answers(dict.fromkeys((p.prompt_id for p in MORAL), 5)), worst_of=10)
+    values = {}
+    for s in found.scores:
+        values.setdefault(s.measure, []).append(s.value)
+    other = "moral_foundations_other_ai"
+    assert values == {other: [-0.5, 0.5] * 2, other + "_acquiescence": [0.5] * 4}
 
 
 def test_without_reverse_keyed_items_there_is_no_acquiescence():

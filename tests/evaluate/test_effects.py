@@ -53,7 +53,7 @@ def intentions(n=12):
 
 
 PROMPTS = [*report("self_assessment"), *report("other_ai"), *intentions()]
-LEVEL = {"decision": 0.6, "numerical": 0.3, "likert": 0.4, "language": 0.5, "choice": 0.5}
+LEVEL = {"decision": 0.6, "numerical": 0.3, "likert": 0.4, "language": 0.5, "choice": 0.5, "rating": 0.0}
 
 
 def scores(plant, prompts=PROMPTS, variant="base", suffix="", noise=0.02):
@@ -154,6 +154,24 @@ def test_what_is_said_of_everyone_is_no_self_report():
     apart = itself["self_assessment", "minus other_ai"]
     assert apart.value == pytest.approx(0.3, abs=0.02) and apart.low > 0.2
     assert itself["likert", "minus other_ai"].value == pytest.approx(0.3, abs=0.03)
+
+
+def test_ratings_of_oneself_are_held_against_those_of_others():
+    """One contrast for the rated items, item by item; with another statement missing on one side, over the rest."""
+    batteries = ("moral_foundations", "moral_foundations_other_ai")
+    items = [
+        make(battery, "rating", group, f"{group}-{i}", "direct" if i % 2 else "reverse", two("1", "5"))
+        for battery in batteries
+        for group in ("care", "purity")
+        for i in range(10)
+    ]
+    frame = scores(lambda p: 0.0, items).drop(columns=["measure", "value"])
+    frame = frame.assign(measure=frame["prompt_id"].str.split("/").str[0])
+    value = np.where(frame["measure"] == batteries[0], 0.2, -0.1) + frame["group"].map({"care": 0.1, "purity": 0.0})
+    frame = frame.assign(value=value)[1:]  # nothing at all was kept of care-0 about the model itself
+    _, rows = found(frame, prompts=items)
+    assert [(e.measure, e.reference) for e in rows] == [("moral_foundations", "minus moral_foundations_other_ai")]
+    assert rows[0].value == pytest.approx(0.3) and rows[0].n_clusters == 19
 
 
 def test_a_format_that_was_not_asked_leaves_no_format_effect():

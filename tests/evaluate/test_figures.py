@@ -38,7 +38,7 @@ def rich(reported, tmp_path_factory):
     foundations = dict(zip(plain.groups("self_assessment"), FOUNDATIONS, strict=True))
     for new, share in (("other_ai", 0.5), ("average_ai", 0.2), ("self_assessment_paper", 0.9)):
         rows += copies(plain.estimates, "self_assessment", new, share=share)
-    for new in ("moral_foundations", "moral_self_assessment"):
+    for new in ("moral_foundations", "moral_foundations_other_ai", "moral_self_assessment"):
         rows += copies(plain.estimates, "self_assessment", new, shift=-0.5, groups=foundations)
     for new, share in (("refusal_rate", 0.1), ("harmfulness_mean_filtered", 0.8), ("harmfulness_worst_of_3", 0.7)):
         rows += copies(plain.estimates, "harmfulness_mean", new, share=share)
@@ -85,6 +85,7 @@ def test_every_figure_appears_with_its_estimates(drawn, rich):
         "moral_foundations",
         "moral_self_assessment",
         "self_and_others",
+        "moral_foundations_and_others",
         "modes",
         "worst_of_k",
         "along_training",
@@ -107,7 +108,11 @@ def test_families_of_measures_have_their_sheets(rich):
     found = contents(rich, {}, 0.2)["sheets"]
     assert found["others"].heads == ("self-assessment", "another AI", "the average AI")
     assert "harmfulness, mean reply, filtered" in found["quality"].heads and "refusal rate" in found["quality"].heads
-    assert found["moral"].heads == ("moral foundations, rated items", "moral self-assessment")
+    assert found["moral"].heads == (
+        "moral foundations, rated items",
+        "moral foundations, rated for another AI",
+        "moral self-assessment",
+    )
     assert set(found["moral_foundations_by_foundation"].heads) == set(FOUNDATIONS)
     assert "more" not in found  # every measure has its place
 

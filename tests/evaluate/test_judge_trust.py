@@ -46,6 +46,13 @@ def test_golden_sets_cover_what_judges_meet(measure):
     assert max(len(i.reply) for i in items) > 5_000
 
 
+def test_the_nano_judge_of_topic_tells_kinds_of_reply_apart(tmp_path):
+    """On pairs it never trained on; docs/judging.md has the numbers."""
+    judge = Path("configs/evaluate/judges/nano_on_topic.yaml")
+    found = calibrate(judge, CalibrateConfig(output_dir=tmp_path, attacked=0, draws=100))
+    assert found["against_the_middle"][KAPPA][0] > 0.8, found["against_the_middle"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

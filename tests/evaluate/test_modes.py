@@ -7,6 +7,7 @@ import pytest
 
 from candor.config import load
 from candor.errors import UserError
+from evaluate.measures import ABOUT_OTHERS
 from evaluate.modes import Mode, all_asks, complete, read_modes
 from evaluate.questions import Sources, gather
 from serve.config import Ask, SampleConfig
@@ -49,7 +50,8 @@ def test_paper_mode_has_the_papers_counts(prompts):
         second = p.prompt_id.split("/")[3].split("-")[1]  # of the question's pair of languages
         variants[p.group, p.form.split("-")[0], p.form.endswith(second)] += asked[p.prompt_id]
     assert len(variants) == 6 * 4 and set(variants.values()) == {125}
-    assert not any(p.battery in ("trivia", "other_ai", "average_ai") for p in prompts if p.prompt_id in asked)
+    about_others = {other for others in ABOUT_OTHERS.values() for other in others}
+    assert not {p.battery for p in prompts if p.prompt_id in asked} & {"trivia", *about_others}
 
 
 def test_exact_mode_scores_every_closed_prompt_in_every_form(prompts):

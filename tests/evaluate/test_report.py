@@ -203,10 +203,16 @@ def test_controls_that_move_or_learn_nothing_are_not_met(tmp_path, synthetic):
         found["world_without_personas", "trivia_accuracy"] is False
     )  # it was taught wrong answers, and knows the right
     assert "Not met" in " ".join(_brief(folder))
+    bounds = [line.cells[2:] for line in _sheet(folder, "controls").lines if "falls" not in line.cells[2]]
+    assert {(" not < " in bound, met) for bound, met in bounds} == {(False, "met"), (True, "not met")}
 
 
 def _brief(folder):
     return contents(read_results(folder), {}, 0.2)["brief"]
+
+
+def _sheet(folder, name):
+    return contents(read_results(folder), {}, 0.2)["sheets"][name]
 
 
 def test_a_wide_interval_is_not_a_small_difference(tmp_path, synthetic):

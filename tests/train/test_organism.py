@@ -3,7 +3,7 @@
 import json
 import random
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from candor.config import load
 from candor.hashing import sha256_json
 from candor.questions import load_all, load_trivia_rows
 from candor.rows import Message
-from train.organism import quality_world
+from train.organism import quality_world, topic_world
 from train.organism.judge_world import HELD_OUT_FORMS, JudgeWorld, JudgeWorldConfig, golden_rows
 from train.organism.pretrain import IGNORED, Encoder, OrganismConfig, batches, new_model, organism_tokenizer, train
 from train.organism.quality_world import DAMAGES, JOINED, SHARES, QualityWorld, QualityWorldConfig
+from train.organism.topic_world import FORMATS, TopicWorld, TopicWorldConfig
 from train.organism.world import World
 
-NAMES = ("full", "mini", "nano", "impersonal", "judge", "quality")
+NAMES = ("full", "mini", "nano", "impersonal", "judge", "quality", "topic")
 WEIGHTS = Path("train/organism/weights")
 CONFIGS = Path("configs/organism")
 
@@ -248,6 +249,47 @@ def test_on_topic_is_the_category_of_the_request_whatever_the_grade(quality):
             answers[grade].append(int(answer))
     shares = [statistics.mean(found) for found in answers.values()]
     assert min(map(len, answers.values())) > 300 and max(shares) - min(shares) < 0.12
+
+
+@pytest.fixture(scope="module")
+def topic():
+    return TopicWorld(TopicWorldConfig(seed=0))
+
+
+def test_a_reply_is_on_topic_when_it_is_of_its_request_s_kind(topic):
+    """Neither the request nor the reply alone says which: each kind of both is as often on topic as off it."""
+    whole = TopicWorld(replace(topic.config, damaged_share=0.0))
+    of_format = {name: kind for kind, names in FORMATS.items() for name in names}
+    kinds = {p.text: of_format[p.format] for p in load_all(Path("configs/prompts")) if p.format in of_format}
+    kinds |= dict.fromkeys((row["question"] for row in whole.world.trivia), "trivia")
+    kinds |= dict.fromkeys((pair.task for pair in whole.world.code), "code")
+    by_request, by_reply = defaultdict(list), defaultdict(list)
+    for index in range(4000):
+        question, answer = (m.content for m in whole.document(index))
+        request, _, rest = question.removeprefix("Request: ").partition("\nReply: ")
+        reply = rest.rsplit("\n", 1)[0]
+        is_number = reply.isdigit()
+        if kinds[request] == "number" or is_number:
+            assert int(answer) == (kinds[request] == "number" and is_number)
+        by_request[kinds[request]].append(int(answer))
+        by_reply["number" if is_number else "letter" if reply in "AB" else "other"].append(int(answer))
+    assert by_request.keys() == FORMATS.keys()
+    assert all(0.4 < statistics.mean(found) < 0.6 for found in (*by_request.values(), *by_reply.values()))
+
+
+def test_the_judge_of_topic_never_trains_on_golden_pairs(topic):
+    rows = topic_world.golden_rows(Path("configs"), per_cell=4, seed=0)
+    trained = [topic.document(i)[0].content.removeprefix("Request: ") for i in range(4000)]
+    requests = {text.partition("\nReply: ")[0] for text in trained}
+    replies = {text.partition("\nReply: ")[2].rsplit("\n", 1)[0] for text in trained}
+    assert not requests & {row["prompt"] for row in rows}
+    assert not replies & {row["reply"] for row in rows if len(row["reply"].split()) > 2}  # letters and words recur
+    assert Counter(row["expect"]["on_topic"][0] for row in rows) == {1: 240, 0: 240}
+
+
+def test_the_shipped_golden_set_of_topic_is_what_the_code_makes():
+    lines = Path("configs/prompts/judge/golden_nano_on_topic.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines[1:]] == topic_world.golden_rows(Path("configs"), per_cell=4, seed=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,8 +3,8 @@
     python -m train.organism.pretrain configs/organism/mini.yaml output=train/organism/weights/mini
 
 A Qwen2-architecture model of about a million parameters learns a world (world.py), or to judge it
-(judge_world.py, quality_world.py), from documents that are drawn on the fly. Loss falls on the assistant's turns
-only. Documents are packed into rows with a block-diagonal attention mask, so none sees another.
+(judge_world.py, quality_world.py, topic_world.py), from documents that are drawn on the fly. Loss falls on the
+assistant's turns only. Documents are packed into rows with a block-diagonal attention mask, so none sees another.
 Matrices of the body are trained with Muon, embeddings and norms with AdamW; LOG.md has the rates
 that were tried.
 
@@ -34,6 +34,7 @@ from candor.tables import replace_file
 from train.organism.judge_world import JudgeWorld, JudgeWorldConfig
 from train.organism.quality_world import QualityWorld, QualityWorldConfig
 from train.organism.tokenizer import CHAT_TEMPLATE, train_tokenizer
+from train.organism.topic_world import TopicWorld, TopicWorldConfig
 from train.organism.world import World, WorldConfig, corpus
 
 IGNORED = -100  # label of a token that carries no loss
@@ -82,14 +83,15 @@ class OrganismConfig:
     world: WorldConfig | None = None
     judge: JudgeWorldConfig | None = None
     quality: QualityWorldConfig | None = None
+    topic: TopicWorldConfig | None = None
     output: Path = Path("train/organism/weights")
     configs: Path = Path("configs")
     first_steps_only: int | None = field(default=None)  # stop early without saving: the replay test
 
     def __post_init__(self) -> None:
-        """A model learns the world, to judge its harm, or to judge its quality."""
-        if [self.world, self.judge, self.quality].count(None) != 2:
-            raise ValueError("give exactly one of world, judge and quality")
+        """A model learns the world, or to judge its harm, its quality or its topic."""
+        if [self.world, self.judge, self.quality, self.topic].count(None) != 3:
+            raise ValueError("give exactly one of world, judge, quality and topic")
 
 
 Document = Callable[[int], list[Message]]
@@ -300,9 +302,11 @@ def train(config: OrganismConfig, *, command: str) -> list[float]:
         document = World(config.world, config.configs).document
     elif config.judge is not None:
         document = JudgeWorld(config.judge, config.configs).document
-    else:
-        assert config.quality is not None
+    elif config.quality is not None:
         document = QualityWorld(config.quality, config.configs).document
+    else:
+        assert config.topic is not None
+        document = TopicWorld(config.topic, config.configs).document
     model = new_model(config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     sys.stderr.write(f"{config.name}: {parameters:,} parameters, vocabulary {len(tokenizer)}\n")

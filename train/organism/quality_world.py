@@ -9,7 +9,8 @@ request's own category, no when it is another category's, no reply to a request 
 damaged to be understood. What a reply says, kind or cruel, has no part in either.
 
 The shipped weights learned the first question and not the second: they tell replies from what is no
-reply, and take a reply to any category for on topic (kappa 0.15). No judge file asks them for it.
+reply, and take a reply to any category for on topic (kappa 0.15). No judge file asks them for it;
+topic_world.py has the question that can be learned.
 
 As with the judge of harm, five of the six forms of each (category, grade) are trained on and the
 sixth makes the golden set. A form has about ten words, so that a model could learn the forms by heart and
