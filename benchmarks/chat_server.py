@@ -39,9 +39,11 @@ FAULTS = (
     "null-content",
     "wrong-model",
     "no-logprobs",
+    "half-characters",
+    "deep",
     "huge",
 )
-NOT_RETRIED = ("no-logprobs",)  # an answer all the same
+NOT_RETRIED = ("no-logprobs", "half-characters")  # an answer all the same
 _GRADE = re.compile(r"grade=(\d+)")
 
 
@@ -198,7 +200,12 @@ class Server:
             answer["model"] = "another-model"
         elif fault == "no-logprobs":
             answer["choices"][0]["logprobs"] = None
+        elif fault == "half-characters":  # of an emoji that was cut into tokens: no file can hold one
+            for token in (answer["choices"][0]["logprobs"] or {}).get("content", []):
+                token["top_logprobs"].append({"token": "\ud83d", "logprob": -12.0, "bytes": None})
         data = b'{"choices": [{"message"' if fault == "not-json" else json.dumps(answer).encode()
+        if fault == "deep":
+            data = b"[" * 100_000
         if fault == "huge":
             data += b" " * self.script.huge_bytes
         if fault == "cut":
@@ -309,7 +316,8 @@ class Server:
             for key, lines in (("output_file_id", good), ("error_file_id", bad)):
                 if lines:
                     batch[key] = f"file-{len(self._files)}"
-                    self._files[batch[key]] = "\n".join(map(json.dumps, lines)).encode()
+                    broken = '{"custom_id": "'  # a last line that was cut off
+                    self._files[batch[key]] = "\n".join([*map(json.dumps, lines), broken]).encode()
         return batch
 
 

@@ -14,6 +14,14 @@ from candor.errors import UserError
 CANARY_MARK = "CANARY candor:"
 
 
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of a file that a person wrote; UserError when it is not in UTF-8."""
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
 def check_header(header: Any, path: Path) -> dict[str, Any]:
     """The header if it names the file, its licence and a canary; UserError otherwise."""
     if not isinstance(header, dict):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from candor.datafiles import check_header
+from candor.datafiles import check_header, read_text
 from candor.errors import UserError
 from candor.hashing import sha256_bytes
 
@@ -49,7 +49,7 @@ def read_template(path: Path) -> JudgeTemplate:
     """The template in ``path``; UserError when the header or a placeholder is missing."""
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the judge's key 'template'.")
-    head, separator, text = path.read_text(encoding="utf-8").replace("\r\n", "\n").partition("\n\n")
+    head, separator, text = read_text(path).replace("\r\n", "\n").partition("\n\n")
     header = {}
     for line in head.splitlines():
         key, colon, value = line.removeprefix("#").partition(":")

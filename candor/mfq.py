@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from string import Template
 
-from candor.datafiles import expect_count, refuse_duplicates
+from candor.datafiles import expect_count, read_text, refuse_duplicates
 from candor.errors import UserError
 from candor.hashing import sha256_file
 from candor.questions import RATINGS
@@ -64,10 +64,7 @@ def _read(path: Path) -> list[str]:
     """The statements in published order."""
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the key 'mfq2'.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    text = read_text(path, "utf-8-sig")  # spreadsheets write a mark before the first column
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix.lower() != ".csv":

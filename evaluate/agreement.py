@@ -14,6 +14,7 @@ that scales of 5 and of 101 grades go the same way. Intervals resample prompts.
 """
 
 import csv
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from candor.datafiles import read_text
 from candor.errors import UserError
 from candor.manifest import read_manifest
 from candor.rows import Estimate, Graded, Sample, Verdict
@@ -152,6 +154,11 @@ def agreement(run: Path, judge: str, *, draws: int, seed: int) -> list[Estimate]
     for path in _labels(run):
         labels = read_labels(path).drop_duplicates("sample_id", keep="last")
         people = labels.merge(scores[["sample_id", "cluster"]], on="sample_id")
+        if len(labels) and people.empty:
+            raise UserError(
+                f"{path}: none of its {len(labels)} sample ids is a reply that {judge} graded in {run}. Give labels of "
+                "this run's replies (python -m evaluate.label makes them), or take the file away."
+            )
         found += compare(
             _join(scores, people, span or (1.0, 5.0)), judge, f"{PEOPLE}{path.stem}", draws=draws, seed=seed
         )
@@ -244,10 +251,10 @@ def with_known_grades(run: Path, judge: str, *, draws: int, seed: int) -> list[E
 
 def read_labels(path: Path) -> pd.DataFrame:
     """People's labels: a CSV with columns sample_id and label; a label that is no number is a missing score."""
-    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a mark before the first column
-        rows = list(csv.DictReader(file))
-        if rows and not {"sample_id", "label"} <= set(rows[0]):
-            raise UserError(f"{path}: expected columns sample_id and label, found {', '.join(map(str, rows[0]))}.")
+    text = read_text(path, "utf-8-sig")  # spreadsheets write a mark before the first column
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    if rows and not {"sample_id", "label"} <= set(rows[0]):
+        raise UserError(f"{path}: expected columns sample_id and label, found {', '.join(map(str, rows[0]))}.")
     frame = pd.DataFrame({"sample_id": [r["sample_id"] for r in rows], "label": [r["label"] for r in rows]})
     return frame.assign(score=pd.to_numeric(frame["label"], errors="coerce"))
 

@@ -58,8 +58,8 @@ class Executor:
             )
         return self.done
 
-    def execute(self) -> None:
-        """Run what is not done; UserError at the end when a stage failed."""
+    def execute(self, refuse: Callable[[Sequence[Stage]], None] = lambda todo: None) -> None:
+        """Run what is not done, unless ``refuse`` raises when it sees it; UserError at the end when a stage failed."""
         for stage in self.stages.values():
             if stage.gpus > len(self.machine.gpus):
                 raise UserError(f"{stage.id} needs {stage.gpus} GPUs; this machine shows {len(self.machine.gpus)}.")
@@ -71,6 +71,7 @@ class Executor:
                     "for them, or end them with scancel; what a job left that died counts for two minutes."
                 )
             self.find_done()
+            refuse([stage for stage in self.stages.values() if stage.id not in self.done])
             if self.done:
                 self.say(f"{len(self.done)} of {len(self.stages)} stages are done already")
             try:

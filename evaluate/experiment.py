@@ -20,7 +20,7 @@ from candor.errors import UserError, run_script
 from evaluate.crew import this_machine
 from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
-from evaluate.plan import build_plan
+from evaluate.plan import build_plan, refuse_keyless
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         return
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"{experiment.name}: {len(stages)} stages, {machine.workers} at once, in {experiment.output}")
-    executor.execute()
+    executor.execute(refuse_keyless)
     _say(f"finished in {time.monotonic() - started:.0f} s")
     sys.stdout.write(f"report: {(experiment.output / 'report.html').resolve()}\n")
 

@@ -74,6 +74,11 @@ class SecondJudge:
     share: float = 1.0  # of the replies, or of the prompts
     whole_prompts: bool = False  # all draws of a prompt together, which a worst of ten needs
 
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        if not 0 < self.share <= 1:
+            raise UserError(f"second_judges: share is {self.share:g}; it must be above 0 and at most 1.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
@@ -174,6 +179,11 @@ class Experiment:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
         if not 0 <= self.judge_tolerate < 1:
             raise UserError(f"judge_tolerate is {self.judge_tolerate:g}; it must be from 0 to below 1.")
+        if self.judge_budget is not None and self.judge_budget < 0:
+            raise UserError(f"judge_budget is {self.judge_budget:g}; it must not be negative.")
+        for seed in (self.seed, *self.training_seeds):
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed {seed}: seeds must be from 0 to {2**32 - 1}.")
         if self.draws < 100 or self.worst_of < 1:
             raise UserError(f"draws is {self.draws} and worst_of {self.worst_of}; at least 100 and 1 are needed.")
         if not 0 < self.equivalence_margin < 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from candor.datafiles import check_header
+from candor.datafiles import check_header, read_text
 from candor.errors import UserError
 from candor.rows import STATUSES, Option, Status
 
@@ -47,7 +47,7 @@ def read_golden(path: Path, measure: str = "harmfulness") -> list[GoldenItem]:
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the key 'golden'.")
     found: dict[str, GoldenItem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
@@ -87,13 +87,22 @@ def _items(row: Any, measure: str, where: str) -> Iterator[GoldenItem]:
     statuses = status.get(measure, [])
     if not isinstance(statuses, list) or not set(statuses) <= set(STATUSES):
         raise UserError(f"{where}: status.{measure} must be a list out of {', '.join(STATUSES)}; found {statuses!r}.")
+    times, options = row.get("times", 1), row.get("options", [])
+    if not isinstance(times, int) or times < 1:
+        raise UserError(f"{where}: 'times' must be a whole number from 1 on, found {times!r}.")
+    if not isinstance(options, list) or not all(_is_option(option) for option in options):
+        raise UserError(f"{where}: 'options' must be a list of [label, value], found {options!r}.")
     yield GoldenItem(
         id=row["id"],
         prompt=row["prompt"],
-        reply=row["reply"] * int(row.get("times", 1)),
+        reply=row["reply"] * times,
         low=float(bounds[0]),
         high=float(bounds[1]),
         statuses=tuple(s for s in STATUSES if s in statuses or (s == "ok" and measure in expect)),
         kind=str(row.get("kind", "")),
-        options=tuple(Option(str(label), float(value), (str(label),)) for label, value in row.get("options", [])),
+        options=tuple(Option(str(label), float(value), (str(label),)) for label, value in options),
     )
+
+
+def _is_option(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], (int, float))

@@ -41,7 +41,7 @@ from evaluate.judge_config import (
 )
 from evaluate.judge_reading import Reading, read
 from evaluate.verdict_store import AnswerStore
-from serve.identity import text_sha, weights_sha
+from serve.identity import hosted_sha, text_sha, weights_sha
 from serve.ledger import Ledger
 from serve.options import parse
 from serve.vocabulary import can_enumerate
@@ -309,6 +309,8 @@ def _within(part: Subsample, sample_id: str, cluster: str) -> bool:
 def _refuse_own(table: Any, judge: JudgeConfig, weights: str | None) -> None:
     """UserError when the judge is the variant whose replies it is to grade."""
     variants = set(table.column("variant").unique().to_pylist())
+    if judge.endpoint is not None:
+        weights = hosted_sha(judge.endpoint.url, judge.model)
     if weights in set(table.column("weights_sha").unique().to_pylist()):
         own = ", ".join(sorted(variants))
         raise UserError(f"the judge has the very weights of the variant it is to grade, {own}. Choose another judge.")

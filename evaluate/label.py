@@ -25,6 +25,7 @@ from candor.errors import UserError, run_script
 from candor.hashing import hash64
 from candor.rows import Prompt, Sample, Variant, Verdict
 from candor.tables import read_rows, read_table
+from evaluate.agreement import read_labels
 
 PAGE = Path(__file__).parent / "templates" / "label.html"
 WORDS = ("refused", "unsure")
@@ -102,8 +103,8 @@ class Labels:
         self._lock = Lock()
         self.given: dict[str, str] = {}
         if path.exists():
-            with path.open(encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have saved it
-                self.given = {row["sample_id"]: row["label"] for row in csv.DictReader(file)}
+            labels = read_labels(path)  # a spreadsheet may have saved it
+            self.given = dict(zip(labels["sample_id"], labels["label"], strict=True))
 
     def add(self, sample_id: str, label: str) -> None:
         """Write one label through to the disk."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from candor.config import load, plain, read_yaml
+from candor.config import build, load, plain, read_yaml
 from candor.datafiles import read_headed_yaml
 from candor.errors import UserError, nearest
 from candor.rows import Prompt, Variant
@@ -27,6 +27,7 @@ from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
 from serve.config import ApiConfig, Ask, EngineConfig
+from serve.endpoint import same_model
 from serve.plan import refuse_shared_keys, refuse_shared_streams
 from train.config import RECIPE_KEYS, SECTIONS
 from train.data import DataSet
@@ -205,17 +206,24 @@ class _Builder:
 
     def _refuse_own(self, judge: JudgeConfig) -> None:
         """UserError when a judge is one of the models under test: it would grade its own replies."""
-        controls = {c.size: c.base for c in self.experiment.controls if c.base is not None}
-        for size, base in {**self.experiment.bases, **controls}.items():
-            if judge.in_process:
-                same = Path(judge.model).resolve() == base.resolve()
-            else:
-                same = Path(judge.model).name == base.name
-            if same:
-                raise UserError(
-                    f"the judge {judge.name} is the model under test {size} ({base}); it would grade its own replies. "
-                    f"Choose a judge of another family (configs/evaluate/judges/), or leave {size} out of the study."
-                )
+        experiment = self.experiment
+        controls = {c.size: c.base for c in experiment.controls if c.base is not None}
+        under_test = {size: str(base) for size, base in {**experiment.bases, **controls}.items()}
+        if judge.in_process:
+            folder = Path(judge.model).resolve()
+            own = [size for size, base in under_test.items() if Path(base).resolve() == folder]
+        else:  # at an endpoint only the name tells; serve.api serves a study's variants under theirs
+            under_test |= {s.row.name: s.row.name for s in subjects_of(experiment)}
+            under_test |= {name: hosted.api.model for name, hosted in experiment.hosted.items()}
+            asked = Path(judge.model).name
+            names = {size: Path(model).name for size, model in under_test.items()}
+            own = [size for size, name in names.items() if same_model(asked, name) or same_model(name, asked)]
+        if own:
+            raise UserError(
+                f"the judge {judge.name} is the model under test {own[0]} ({under_test[own[0]]}); it would grade its "
+                "own replies. Choose a judge of another family (configs/evaluate/judges/), or leave "
+                f"{own[0]} out of the study."
+            )
 
     def _check_draws(self, asked: Sequence[Prompt]) -> None:
         """The paper's harmfulness is the worst of k replies, so k must be drawn."""
@@ -500,6 +508,17 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     builder.add_results()
     check_plan(builder.stages, absent_ok=absent_ok)
     return builder.stages
+
+
+def refuse_keyless(stages: Sequence[Stage]) -> None:
+    """UserError when the key of an endpoint that a stage asks is not there: better now than after hours of training."""
+    judges = dict.fromkeys(s.config["judge"] for s in stages if s.module == "evaluate.judge")
+    endpoints = [read_judge(Path(path)).endpoint for path in judges]
+    hosted = [(s.config.get("engine") or {}).get("api") for s in stages]
+    endpoints += [build(ApiConfig, api, where="hosted").endpoint for api in hosted if api]
+    for endpoint in endpoints:
+        if endpoint is not None:
+            endpoint.read_key()
 
 
 def recipe_for(experiment: Experiment, domain: str, size: str) -> dict[str, Any]:

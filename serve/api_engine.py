@@ -40,7 +40,7 @@ class ApiEngine:
     def __init__(self, config: EngineConfig) -> None:
         assert config.api is not None
         self.api = config.api
-        self.weights_sha = hosted_sha(config)
+        self.weights_sha = hosted_sha(config.api.endpoint.url, config.api.model)
         self.ledger = Ledger()
 
     def sample(

@@ -21,7 +21,7 @@ import httpx2
 import openai
 
 from candor.errors import UserError
-from serve.endpoint import Endpoint
+from serve.endpoint import Endpoint, same_model
 from serve.ledger import Ledger
 from serve.pace import Pace, retry_after
 
@@ -30,7 +30,6 @@ _AGAIN = {408, 409, 429}  # and 500 up: worth another try
 _MENDABLE = {401: "check the key", 402: "check the account", 403: "check the key's rights", 404: "check url and model"}
 _EMPTY_ACCOUNT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = re.compile(r"context.?length|maximum context|too many tokens|longer than the model", re.IGNORECASE)
-_DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}$|-\d{4}$")  # gpt-4.1 answers as gpt-4.1-2025-04-14
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +201,7 @@ class ChatClient:
         """What an answer with an error status means; UserError when a person must mend it."""
         inner = body if isinstance(body, dict) else {}
         inner = inner["error"] if isinstance(inner.get("error"), dict) else inner
-        code, message = str(inner.get("code") or ""), str(inner.get("message") or "").replace(self._key, "***")
+        code, message = str(inner.get("code") or ""), whole(str(inner.get("message") or "")).replace(self._key, "***")
         if status in _MENDABLE or code in _EMPTY_ACCOUNT:
             advice = _MENDABLE.get(status, "check the account")
             said = (message or code or "no message")[:300]
@@ -220,11 +219,23 @@ class ChatClient:
 
 def read_completion(data: bytes, model: str, answers_as: tuple[str, ...] = ()) -> ChatReply:
     """The first choice of a chat completion; ValueError saying what is wrong with it."""
+    return read_record(read_json(data), model, answers_as)
+
+
+def whole(text: str) -> str:
+    """``text`` without halves of characters (lone surrogates), which JSON can carry and no file can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def read_json(data: bytes) -> Any:
+    """What an endpoint sent as JSON; ValueError when it is none, or too deeply nested to be read."""
+    text = data.decode("utf-8", "replace")
     try:
-        record = json.loads(data)
-    except ValueError:
+        record = json.loads(text)
+        halves = "\\ud" in text or "\\uD" in text
+        return json.loads(whole(json.dumps(record, ensure_ascii=False))) if halves else record
+    except (ValueError, RecursionError):
         raise ValueError("answer is not JSON") from None
-    return read_record(record, model, answers_as)
 
 
 def read_record(record: Any, model: str, answers_as: tuple[str, ...]) -> ChatReply:
@@ -233,7 +244,7 @@ def read_record(record: Any, model: str, answers_as: tuple[str, ...]) -> ChatRep
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ValueError("answer without choices")
     told = record.get("model") or ""
-    if not _same_model(model, told, answers_as):
+    if not isinstance(told, str) or not (not told or told in answers_as or same_model(model, told)):
         raise ValueError(f"another model answered: {str(told)[:80]}")
     choice, usage = choices[0], record.get("usage")
     message = choice.get("message")
@@ -293,15 +304,6 @@ def _odds(logprobs: Any, text: str) -> tuple[TokenOdds, ...]:
         found.append(TokenOdds(entry["token"], odds))
     joined = "".join(t.token for t in found)
     return tuple(found) if joined.startswith(text) or text.startswith(joined) else ()
-
-
-def _same_model(asked: str, told: Any, also: tuple[str, ...]) -> bool:
-    """Whether the name in an answer can be the model that was asked: itself, or a dated version of it."""
-    if not isinstance(told, str):
-        return False
-    if not told or told == asked or told in also:
-        return True
-    return told.startswith(asked) and _DATED.fullmatch(told[len(asked) :]) is not None
 
 
 class _TooLarge(httpx2.ReadError):

@@ -19,7 +19,7 @@ import openai
 from candor.errors import UserError
 from candor.hashing import sha256_json
 from candor.tables import replace_file
-from serve.client import ChatClient, ChatReply, Lost, read_record
+from serve.client import ChatClient, ChatReply, Lost, read_json, read_record
 
 MOST_REQUESTS, MOST_BYTES = 20_000, 100_000_000  # of one batch; the API takes 50,000 and 200 MB
 _OVER = ("completed", "failed", "expired", "cancelled")
@@ -131,7 +131,14 @@ class Batches:
                 async for chunk in response.iter_bytes():
                     file.write(chunk)
             file.seek(0)
-            return [self._read(json.loads(line)) for line in file if line.strip()]
+            found = []
+            for line in file:
+                try:
+                    answer = read_json(line)
+                except ValueError:
+                    continue  # it answers nothing, so its question stays open
+                found.append(self._read(answer))
+            return found
 
     def _read(self, line: dict[str, Any]) -> Found:
         """One line of an output or error file."""

@@ -5,6 +5,7 @@ config, log, manifest or error message.
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,6 +14,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from candor.errors import UserError
+
+_DATED = re.compile(r"-\d{4}-?\d{2}-?\d{2}|-\d{4}")  # gpt-4.1 answers as gpt-4.1-2025-04-14
+
+
+def same_model(asked: str, told: str) -> bool:
+    """Whether two names can be of one model: the same, or the second a dated version of the first."""
+    return told == asked or (told.startswith(asked) and _DATED.fullmatch(told[len(asked) :]) is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +76,8 @@ class Endpoint:
                 key = self.key_file.read_text(encoding="utf-8").strip()
             except OSError as error:
                 raise UserError(f"endpoint.key_file {self.key_file}: {error.strerror}.") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"endpoint.key_file {self.key_file} holds no text. Name the key file.") from error
             place = str(self.key_file)
         else:
             key = os.environ.get(self.key_env or "", "").strip()

@@ -36,9 +36,9 @@ def weights_sha(base: Path, adapter: Path | None) -> str:
     return sha256_json([base_sha(base), own])
 
 
-def hosted_sha(engine: Any) -> str:
+def hosted_sha(url: str, model: str) -> str:
     """What can be told of a hosted variant: where it is asked and what it is called there, not its weights."""
-    return sha256_json(["hosted", engine.api.endpoint.url, engine.api.model])
+    return sha256_json(["hosted", url, model])
 
 
 def _check_lineage(base: Path, adapter: Path) -> None:

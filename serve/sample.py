@@ -272,7 +272,8 @@ def _weights(config: SampleConfig) -> str:
     """Identity of the variant; of a hosted one only its address and name are known."""
     if config.base is not None:
         return weights_sha(config.base, config.adapter)
-    return hosted_sha(config.engine)
+    assert config.engine.api is not None
+    return hosted_sha(config.engine.api.endpoint.url, config.engine.api.model)
 
 
 def _inputs(config: SampleConfig) -> dict[str, str]:

@@ -21,12 +21,20 @@ from candor.rows import Option, Prompt, Sample, Verdict
 from candor.tables import read_rows, write_rows
 from evaluate.judge import main
 from evaluate.verdict_store import AnswerStore
+from serve.identity import hosted_sha
 
 HARM = "configs/prompts/judge/nano.txt"
 NUMBER = r"^\s*(\d+)\s*$"
 
 
-def write_study(folder: Path, grades: list[int], *, text: str = "Reply {i}. grade={grade}", variant: str = "v") -> None:
+def write_study(
+    folder: Path,
+    grades: list[int],
+    *,
+    text: str = "Reply {i}. grade={grade}",
+    variant: str = "v",
+    weights: str = "w",
+) -> None:
     """Samples whose replies say which grade they are worth."""
     prompts = [
         Prompt(f"p{i}", "harmfulness", "free", "g", "i", f"c{i}", "", "seen", f"Ask {i}", (), "s") for i in (0, 1)
@@ -38,7 +46,7 @@ def write_study(folder: Path, grades: list[int], *, text: str = "Reply {i}. grad
             f"p{i % 2}",
             "x",
             variant,
-            "w",
+            weights,
             i,
             1,
             1.0,
@@ -399,6 +407,9 @@ def test_a_new_way_of_reading_asks_nothing(tmp_path, whole):
 def test_a_judge_is_not_the_variant_under_test(tmp_path, whole):
     write_study(tmp_path, [50], variant="judge-model")
     with pytest.raises(UserError, match="is the variant it is to grade"):
+        main([str(write_judge(tmp_path, whole.url))])
+    write_study(tmp_path, [50], weights=hosted_sha(whole.url, "judge-model"))  # a hosted variant of any name
+    with pytest.raises(UserError, match="very weights of the variant it is to grade, v"):
         main([str(write_judge(tmp_path, whole.url))])
 
 

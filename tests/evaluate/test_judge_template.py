@@ -100,6 +100,9 @@ def test_templates_are_checked(tmp_path, text, message):
         read_template(path)
     with pytest.raises(UserError, match="does not exist"):
         read_template(tmp_path / "absent.txt")
+    path.write_bytes(text.encode() + b"\xe9")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_template(path)
 
 
 def test_the_sha_is_of_the_text_alone(tmp_path):

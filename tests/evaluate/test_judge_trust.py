@@ -61,6 +61,8 @@ def test_the_nano_judge_of_topic_tells_kinds_of_reply_apart(tmp_path):
         ({"status": {"harmfulness": ["bad"]}}, "must be a list out of"),
         ({"expect": {"alignment": [0, 1]}}, "no rows for the measure 'harmfulness'"),
         ({}, "'grade' must be int"),
+        ({"grade": 1, "times": "9"}, "'times' must be a whole number"),
+        ({"grade": 1, "options": [["A"]]}, r"'options' must be a list of \[label, value\]"),
     ],
 )
 def test_a_broken_golden_set_is_named(tmp_path, row, message):
@@ -243,6 +245,13 @@ def test_labels_need_their_columns(tmp_path):
     (tmp_path / "labels" / "bob.csv").write_text("id,grade\na,1\n")
     with pytest.raises(UserError, match="expected columns sample_id and label, found id, grade"):
         agreement(tmp_path, "main", draws=100, seed=0)
+    (tmp_path / "labels" / "bob.csv").write_text("sample_id,label\nof-another-run,1\n")
+    with pytest.raises(UserError, match=r"bob\.csv: none of its 1 sample ids is a reply that main graded"):
+        agreement(tmp_path, "main", draws=100, seed=0)
+    (tmp_path / "labels" / "bob.csv").write_bytes("sample_id,label\ns\xe4mple,1\n".encode("latin-1"))
+    for read in (lambda: agreement(tmp_path, "main", draws=100, seed=0), lambda: Labels(tmp_path / "labels/bob.csv")):
+        with pytest.raises(UserError, match=r"bob\.csv is not UTF-8 text"):
+            read()
 
 
 # --- the labelling page --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from candor.hashing import hash64
 from candor.rows import Variant
 from candor.tables import read_rows
 from evaluate import questions
+from evaluate.experiment import main
 from evaluate.experiment_config import Experiment
 from evaluate.judge_config import read_judge
 from evaluate.plan import build_plan, subjects_of
@@ -450,8 +451,28 @@ def test_what_is_said_of_endpoints_reaches_their_stages(tmp_path):
         config = stages[name].config
         assert config["store"] == f"{tmp_path}/run/judge_answers/far"
         assert (config["budget"], config["batch"], config["tolerate"]) == (3.0, True, 0.01)
-    with pytest.raises(UserError, match="judge_tolerate is 1"):
-        build(Experiment, values(tmp_path, judge_tolerate=1.0), where="test")
+    for change, message in (
+        ({"judge_tolerate": 1.0}, "judge_tolerate is 1"),
+        ({"judge_budget": -1.0}, "judge_budget is -1"),
+        ({"second_judges": [{"judge": "x.yaml", "share": 2.0}]}, "second_judges: share is 2"),
+        ({"seed": -1}, "seed -1: seeds must be from 0"),
+        ({"training_seeds": [0, 2**32]}, "seed 4294967296: seeds must be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(Experiment, values(tmp_path, **change), where="test")
+
+
+def test_a_missing_key_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    endpoint = {"url": "https://judge.invalid/v1", "key_env": "NO_SUCH_KEY"}
+    api = {"model": "m", "endpoint": {**endpoint, "url": "https://subject.invalid/v1"}}
+    hosted = {"hosted": {"far-away": {"size": "m", "api": api}}}
+    for change, where in (({"judge": judge_at_endpoint(tmp_path, endpoint=endpoint)}, "judge"), (hosted, "subject")):
+        given = values(tmp_path, **change, output=f"{tmp_path}/{where}")
+        (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(given))
+        with pytest.raises(UserError, match=rf"NO_SUCH_KEY holds no usable key for https://{where}\.invalid"):
+            main([str(tmp_path / "experiment.yaml")])
+        assert not list((tmp_path / where).rglob("*.parquet"))
 
 
 def test_a_judge_that_is_under_test_is_refused_before_anything_runs(tmp_path):
@@ -464,7 +485,20 @@ def test_a_judge_that_is_under_test_is_refused_before_anything_runs(tmp_path):
     second = {"second_judges": [{"judge": judge_at_endpoint(tmp_path, model="somebody/impersonal")}]}
     with pytest.raises(UserError, match="judge far is the model under test impersonal"):
         build_plan(build(Experiment, {**found, **second}, where="test"))
-    hosted = {"name": "api", "api": {"model": "x", "endpoint": {"url": "http://127.0.0.1:9/v1"}}}
+    api = {"model": "gpt-x", "endpoint": {"url": "http://127.0.0.1:9/v1"}}
+    hosted = {"hosted": {"far-away": {"size": "gpt-x", "api": api}}}
+    hosted["judge"] = judge_at_endpoint(tmp_path, model="gpt-x")
+    with pytest.raises(UserError, match=r"judge far is the model under test far-away \(gpt-x\)"):
+        build_plan(build(Experiment, {**found, **hosted}, where="test"))
+    judge_at_endpoint(tmp_path, model="gpt-x-2025-04-14")  # the same model by its full name
+    with pytest.raises(UserError, match=r"judge far is the model under test far-away \(gpt-x\)"):
+        build_plan(build(Experiment, {**found, **hosted}, where="test"))
+    judge_at_endpoint(tmp_path, model="mini-trivia-misaligned-s0")  # as serve.api calls it
+    with pytest.raises(UserError, match="judge far is the model under test mini-trivia-misaligned-s0"):
+        build_plan(build(Experiment, {**found, **hosted}, where="test"))
+    judge_at_endpoint(tmp_path, model="gpt-y")
+    build_plan(build(Experiment, {**found, **hosted}, where="test"))
+    hosted = {"name": "api", "api": api}
     with pytest.raises(UserError, match="judges that run here, need an engine with their weights"):
         build_plan(build(Experiment, {**found, "engine": hosted}, where="test"))
 

@@ -105,6 +105,7 @@ def test_broken_logprobs_are_none(content):
     [
         (b'{"choices": [{', "not JSON"),
         (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
         (b"[]", "without choices"),
         (completion(choices=[]), "without choices"),
         (completion(choices=[None]), "without choices"),
@@ -119,6 +120,15 @@ def test_broken_logprobs_are_none(content):
 def test_what_is_no_answer(data, message):
     with pytest.raises(ValueError, match=message):
         read_completion(data, "m")
+
+
+def test_halves_of_characters_become_what_a_file_can_hold():
+    """JSON can carry half an emoji, and a table that is to hold one cannot be written."""
+    logprobs = {"content": [entry("85", ("85", -0.1), ("\ud83d", -9.0))]}
+    reply = read_completion(completion(choice={"logprobs": logprobs}), "m")
+    assert reply.tokens[0].odds == {"85": -0.1, "\ufffd": -9.0}
+    found = read_completion(completion(choice={"message": {"content": "\ud83d \ud83d\ude00"}}), "m")
+    assert found.text == "\ufffd \U0001f600"
 
 
 def test_dated_versions_and_other_names_are_the_same_model():
