@@ -68,7 +68,7 @@ def submit(
 ) -> dict[str, str]:
     """Submit what is neither done nor in the queue; Slurm's number of each array."""
     run = experiment.output
-    stages = build_plan(experiment) if stages is None else stages
+    stages = build_plan(experiment, absent_ok=True) if stages is None else stages  # refused below, with all the rest
     done = Executor(stages, run, Machine(1, 1.0), say).find_done()
     max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):

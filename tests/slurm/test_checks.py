@@ -11,6 +11,7 @@ from candor.errors import UserError
 from evaluate.cluster_checks import estimate, lines, probed, refuse
 from evaluate.cluster_jobs import Job, Needs, make_jobs
 from evaluate.cluster_profile import KINDS, Profile
+from evaluate.cluster_submit import main
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
 from evaluate.questions import gather
@@ -121,3 +122,16 @@ def test_every_partition_and_constraint_is_asked_once():
     needs = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
     jobs = [Job(f"{kind}-1", kind, needs) for kind in KINDS]
     assert set(probed(jobs, profile)) == {("cpu", ""), ("gpu", ""), ("gpu", "a100")}
+
+
+def test_a_dry_run_prints_its_calls_and_then_names_every_input_that_is_not_here(tmp_path, capsys):
+    """What a new user's first command says in a fresh clone."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("all: {partition: gpu}\n")
+    words = ["configs/experiments/vaugrante_qwen2.5.yaml", f"output={tmp_path}/run", f"bases.full={tmp_path}/full"]
+    with pytest.raises(UserError, match="reasons") as told:
+        main([*words, f"bases.mini={tmp_path}/mini", "--profile", str(profile), "--dry-run"])
+    assert f"{tmp_path}/full is not there" in str(told.value) and f"{tmp_path}/mini is not there" in str(told.value)
+    calls = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sbatch --parsable")]
+    assert any("--job-name=candor-vaugrante-qwen2.5-train-1" in call for call in calls) and len(calls) > 5
+    assert not (tmp_path / "run").exists()
