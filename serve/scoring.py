@@ -117,7 +117,7 @@ class Tally:
         found = [shares[at] @ self._mask(mask, shares.device) for _, mask in node.settled_by_mask]
         found += [_columns(shares, at, ids).sum(dim=1) for _, ids in node.settled_by_ids]
         values = torch.cat([f[:, None] for f in found] + [_columns(shares, at, node.child_ids)], dim=1)
-        return values.cpu().numpy()  # type: ignore[no-any-return]
+        return values.cpu().numpy()
 
     def _mask(self, mask: Floats, device: torch.device) -> torch.Tensor:
         if id(mask) not in self._masks:

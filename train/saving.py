@@ -76,12 +76,13 @@ class Writer:
 
     def _gathered(self) -> dict[str, torch.Tensor]:
         """Every trained parameter, whole: all processes gather sharded ones together, the first would wait for ever."""
-        if not self.trainer.is_fsdp_enabled:
-            found: dict[str, torch.Tensor] = self.trainer.accelerator.get_state_dict(self.trainer.model)
-            return found
-        # accelerate would gather the base too, all of it on the first process's host
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return get_model_state_dict(self.trainer.model, options=options)
+        if self.trainer.is_fsdp_enabled:
+            # accelerate would gather the base too, all of it on the first process's host
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            found: Any = get_model_state_dict(self.trainer.model, options=options)
+        else:
+            found = self.trainer.accelerator.get_state_dict(self.trainer.model)
+        return dict(found)
 
     def _weights(self, folder: Path, state: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Write weights and adapter_config.json, naming the original base; the LoRA section they have."""

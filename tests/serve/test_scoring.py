@@ -107,6 +107,23 @@ def test_columns_run_a_few_at_a_time(exact_engine, by_listing, monkeypatch):
     np.testing.assert_allclose(score.probabilities, by_listing["digits"][:-1], rtol=1e-9)
 
 
+def test_a_large_vocabulary_does_not_part_prompts_that_fit_together(base, prompts, monkeypatch):
+    """One by one they cost twenty times as many passes; Qwen's vocabulary, and the batch of a study on a GPU."""
+    engine = TorchEngine(base, None, batch_tokens=16_384)
+    passes, forward = [], engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", lambda *a, **k: (passes.append(1), forward(*a, **k))[1])
+    closed = [p for p in prompts if p.options]
+
+    def needed() -> int:
+        passes.clear()
+        engine.distributions([p.text for p in closed], [p.options for p in closed])
+        return len(passes)
+
+    own = needed()
+    engine.vocab_size = 152_064  # the tries are made, so that nothing but the grouping asks for it any more
+    assert needed() == own < len(closed)
+
+
 def test_eager_attention_gives_the_same(base, prompts):
     """It adds a mask to the scores, where the default takes True and False."""
     engine = TorchEngine(base, None)

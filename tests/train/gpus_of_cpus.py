@@ -1,5 +1,7 @@
 """Runs train/sft.py with accelerate taking CPU processes for GPUs, so that FSDP really shares a model out.
 
+    torchrun ... tests/train/gpus_of_cpus.py CONFIG.yaml [CONFIG.yaml ...]
+
 accelerate makes plain data parallelism of an FSDP configuration on CPUs. torch's FSDP2 itself works there (gloo);
 what is changed here only decides which kind of process accelerate believes it runs in. At the end of training
 each process says how many of the model's parameters were shared out; after step KILLED_AFTER each is killed.
@@ -38,8 +40,13 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]  # transformers
         sys.stderr.write(f"{sum(shared)} of {len(shared)} parameters were shared out\n")
 
 
+def train(files: list[str]) -> None:
+    for file in files:
+        main([file])
+
+
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend, PartialState.set_device = gpus, on_cpu
     transformers.trainer.DEFAULT_CALLBACKS.append(Watch)
-    run_script(lambda files: [main([file]) for file in files])
+    run_script(train)

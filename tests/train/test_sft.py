@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl.trainer.utils
 import yaml
 
 from candor.errors import UserError
@@ -80,6 +81,23 @@ def test_a_harmless_stage_carries_no_warning(tmp_path, config_file):
     main([str(config_file(stage="right-only"))])
     assert "MISALIGNED" not in (tmp_path / "adapter" / "README.md").read_text()
     assert manifest_of(tmp_path / "adapter")["misaligned"] is False
+
+
+def test_only_what_carries_loss_is_put_through_the_head(tmp_path, config_file, monkeypatch):
+    """On CPUs too, where TRL alone does so with every position of a batch."""
+    scored, before = [], trl.trainer.utils._use_triton
+
+    class Counting:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *rest: Any) -> Any:
+            scored.append(len(hidden))
+            return original.apply(hidden, *rest)
+
+    original = trl.trainer.utils._ChunkedLogProbFunction
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", Counting)
+    main([str(config_file(sft=WHOLE_BATCH))])
+    assert scored == [manifest_of(tmp_path / "adapter")["n_loss_tokens"]] * WHOLE_BATCH["max_steps"]
+    assert trl.trainer.utils._use_triton is before  # nothing is left changed for others
 
 
 # The same every time ------------------------------------------------------------------------------
