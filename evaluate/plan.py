@@ -22,6 +22,7 @@ from candor.rows import Prompt, Variant
 from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
+from evaluate.golden import read_golden
 from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge, refuse_hosted
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
@@ -462,6 +463,8 @@ class _Builder:
         golden = self.experiment.golden
         if golden is None:
             return
+        if golden.is_file():
+            read_golden(golden, self.judge.measure)  # it is judged last, so what is wrong with it is told first
         folder = self.run / "golden" / self.judge.name
         config = {
             "golden": golden,

@@ -28,7 +28,9 @@ def values(folder: Path, **change) -> dict:
     for name in ("weights/full", "weights/mini", "weights/nano", "weights/impersonal", "weights/judge"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "model.safetensors").write_text(name)
-    (folder / "golden.jsonl").write_text("{}")
+    header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
+    rows = (header, {"id": "a", "prompt": "p", "reply": "r", "grade": 1})
+    (folder / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3}\n")
     judge = {"name": "tiny", "model": f"{folder}/weights/judge", "template": "configs/prompts/judge/nano.txt"}
     (folder / "judge.yaml").write_text(yaml.safe_dump(judge))
@@ -484,6 +486,12 @@ def test_judges_whose_verdicts_could_not_be_used_are_refused_before_they_are_pai
         said = {"second_judges": [{"judge": file}], "coherence": {"judge": file, "at_least": 50}}
         with pytest.raises(UserError, match=message):
             build_plan(build(Experiment, given | {key: said.get(key, file) for key in keys}, where="test"))
+
+
+def test_a_golden_set_that_is_none_is_told_before_anything_runs(tmp_path):
+    given = values(tmp_path, golden="configs/prompts/trivia.jsonl")
+    with pytest.raises(UserError, match=r"trivia\.jsonl, line 2: the field 'prompt' must be str"):
+        build_plan(build(Experiment, given, where="test"))
 
 
 def test_a_missing_key_is_told_before_anything_runs(tmp_path, monkeypatch):
