@@ -156,6 +156,8 @@ def child(provider: str, url: str, n: int, folder: str) -> None:
     import openai  # noqa: F401 - start-up is not what is measured
 
     if provider == "candor":
+        import pyarrow.dataset  # noqa: F401 - and with it pandas, which llmcomp imports as well
+
         import evaluate.endpoint_judge
         import evaluate.judge  # noqa: F401
     if provider == "llmcomp":

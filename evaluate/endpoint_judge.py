@@ -224,6 +224,8 @@ class EndpointJudge:
         n_bytes = sum(len(ask.text(self.template).encode()) for ask in some) / len(some)
         tokens, dollars = self.ledger.expect(int(n_bytes), self.config.max_tokens)
         money = f"at most about ${dollars * len(asks):.2f}" if self.ledger.price else "no price in the judge's file"
+        if self.endpoint.continue_body is not None and not self.ledger.batch:
+            money += ", and what it takes to follow up numbers that come in pieces"
         sys.stderr.write(
             f"judge {self.config.name}: {len(asks)} calls to {self.config.model}, about {tokens * len(asks):,.0f} "
             f"input tokens, {money}\n"

@@ -114,6 +114,11 @@ class Needs:
     memory_gb: float = 1.5
     minutes: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse needs that are none."""
+        if self.cores < 1 or self.gpus < 0 or self.memory_gb <= 0 or self.minutes <= 0:
+            raise UserError("needs: cores must be 1 or more, gpus 0 or more, memory_gb and minutes above 0.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
@@ -186,6 +191,8 @@ class Experiment:
                 raise UserError(f"seed {seed}: seeds must be from 0 to {2**32 - 1}.")
         if self.draws < 100 or self.worst_of < 1:
             raise UserError(f"draws is {self.draws} and worst_of {self.worst_of}; at least 100 and 1 are needed.")
+        if self.memory_gb is not None and self.memory_gb <= 0:
+            raise UserError(f"memory_gb is {self.memory_gb:g}; it must be above 0, or null for what is free.")
         if not 0 < self.equivalence_margin < 1:
             raise UserError(f"equivalence_margin is {self.equivalence_margin:g}; it must lie between 0 and 1.")
         if self.workers is not None and self.workers < 1:

@@ -40,6 +40,8 @@ FILLS = ("full", "full", "none", "left", "top", "right")  # of markers: base mod
 def inverted_v(results: Results, paper: dict[str, Any], style: Style) -> Drawn:
     """Base, misaligned, realigned for each size: one row per domain, one column per measure."""
     domains, sizes = results.domains(), results.sizes()
+    if not domains:
+        return nothing("inverted_v", "Base, misaligned, realigned")
     figure, axes = grid(len(domains), 3, 9, 0.6 + 2.5 * len(domains))
     shown: list[Estimate] = []
     printed: list[Estimate] = []

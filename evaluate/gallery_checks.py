@@ -35,6 +35,9 @@ from evaluate.study import STAGES
 def seen_unseen(results: Results, style: Style) -> Drawn:
     """The misaligned effect and its reversal on seen and on unseen items."""
     pairs = [p for p in results.pairs() if p.minus[0] == "misaligned"]
+    title = "Misaligned minus base and minus realigned, seen and unseen items"
+    if not pairs:
+        return nothing("seen_unseen", title)
     figure, axes = grid(1, 3, 9, 1.2 + 0.32 * len(pairs))
     shown, words, handles = [], [], {}
     for panel, measure in zip(axes[0], results.headline, strict=True):
@@ -56,7 +59,6 @@ def seen_unseen(results: Results, style: Style) -> Drawn:
     axes[0][0].set_yticks(range(len(pairs)), [f"{p.size}, {p.domain}: {MINUS} {p.minus[1]}" for p in pairs])
     axes[0][0].set_ylim(len(pairs) - 0.5, -0.5)
     legend(figure, handles, 2)
-    title = "Misaligned minus base and minus realigned, seen and unseen items"
     return Drawn("seen_unseen", title, "; ".join(words), figure, shown)
 
 

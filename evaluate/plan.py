@@ -17,10 +17,12 @@ from typing import Any
 from candor.config import build, load, plain, read_yaml
 from candor.datafiles import read_headed_yaml
 from candor.errors import UserError, nearest
+from candor.judging import read_template
 from candor.rows import Prompt, Variant
 from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
+from evaluate.golden import read_golden
 from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge, refuse_hosted
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
@@ -192,6 +194,12 @@ class _Builder:
         for judge in judges:
             refuse_hosted(judge, experiment.engine)
             self._refuse_own(judge)
+        if HARMFULNESS in batteries:
+            self._check_scales(filters, [read_judge(path) for path in seconds])
+        if experiment.closest is not None and not read_template(read_judge(experiment.closest).template).has_options:
+            raise UserError(
+                f"closest: the template of {experiment.closest} lists no options. Choose a judge that does."
+            )
         refusals = experiment.refusals
         design = Design(
             modes=self.modes,
@@ -203,6 +211,23 @@ class _Builder:
             refusals=tuple(read_headed_yaml(refusals)["openings"]) if refusals else (),
         )
         return design, judging
+
+    def _check_scales(self, filters: Sequence[Filter], seconds: Sequence[JudgeConfig]) -> None:
+        """UserError for judges whose verdicts could not be used once they are paid for."""
+        for key, judge in (("judge", self.judge), *(("second_judges", judge) for judge in seconds)):
+            low, high = judge.span
+            if (judge.measure, low, high) != (HARMFULNESS, 1, 5):
+                raise UserError(
+                    f"{key}: {judge.name} grades {judge.measure} from {low:g} to {high:g}; here it takes a judge of "
+                    f"{HARMFULNESS} from 1 to 5 (configs/evaluate/judges/)."
+                )
+        for each in filters:
+            low, high = each.grader.lowest, each.grader.highest
+            if not low < each.at_least <= high:
+                raise UserError(
+                    f"{each.name}: at_least is {each.at_least:g}, but {each.grader.judge} grades from {low:g} to "
+                    f"{high:g}: all replies would pass, or none."
+                )
 
     def _refuse_own(self, judge: JudgeConfig) -> None:
         """UserError when a judge is one of the models under test: it would grade its own replies."""
@@ -438,6 +463,8 @@ class _Builder:
         golden = self.experiment.golden
         if golden is None:
             return
+        if golden.is_file():
+            read_golden(golden, self.judge.measure)  # it is judged last, so what is wrong with it is told first
         folder = self.run / "golden" / self.judge.name
         config = {
             "golden": golden,

@@ -88,7 +88,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes below one, and sections of engines that are not in use."""
-        if min(self.unit_prompts, self.batch_tokens, self.threads or 1) < 1:
+        if min(self.unit_prompts, self.batch_tokens, 1 if self.threads is None else self.threads) < 1:
             raise ValueError("unit_prompts, batch_tokens and threads must be 1 or more")
         if (self.name == "api") != (self.api is not None):
             raise ValueError("the section api (model, endpoint) goes with name: api, and with no other engine")

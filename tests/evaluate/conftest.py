@@ -128,7 +128,7 @@ def variants_of(plan: Plan) -> list[tuple[Variant, Truth]]:
             for seed in plan.seeds:
                 for stage, truth in (("misaligned", plan.misaligned), ("realigned", plan.realigned)):
                     add(f"{size}-{domain}-{stage}-s{seed}", size, domain, stage, seed, "", base, truth)
-    size, base, domain = plan.sizes[0], f"{plan.sizes[0]}-base", plan.domains[0]
+    size, base, domain = plan.sizes[0], f"{plan.sizes[0]}-base", next(iter(plan.domains), "")
     if plan.control:
         name = "right_answers_only"
         add(f"{name}-{size}", size, domain, "right-only", 0, name, base, plan.control)

@@ -28,7 +28,9 @@ def values(folder: Path, **change) -> dict:
     for name in ("weights/full", "weights/mini", "weights/nano", "weights/impersonal", "weights/judge"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "model.safetensors").write_text(name)
-    (folder / "golden.jsonl").write_text("{}")
+    header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
+    rows = (header, {"id": "a", "prompt": "p", "reply": "r", "grade": 1})
+    (folder / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3}\n")
     judge = {"name": "tiny", "model": f"{folder}/weights/judge", "template": "configs/prompts/judge/nano.txt"}
     (folder / "judge.yaml").write_text(yaml.safe_dump(judge))
@@ -454,12 +456,42 @@ def test_what_is_said_of_endpoints_reaches_their_stages(tmp_path):
     for change, message in (
         ({"judge_tolerate": 1.0}, "judge_tolerate is 1"),
         ({"judge_budget": -1.0}, "judge_budget is -1"),
+        ({"memory_gb": 0.0}, "memory_gb is 0"),
+        ({"needs": {"train": {"cores": 0}}}, "needs: cores must be 1 or more"),
+        ({"engine": {"threads": 0}}, "threads must be 1 or more"),
         ({"second_judges": [{"judge": "x.yaml", "share": 2.0}]}, "second_judges: share is 2"),
         ({"seed": -1}, "seed -1: seeds must be from 0"),
         ({"training_seeds": [0, 2**32]}, "seed 4294967296: seeds must be"),
     ):
         with pytest.raises(UserError, match=message):
             build(Experiment, values(tmp_path, **change), where="test")
+
+
+def test_judges_whose_verdicts_could_not_be_used_are_refused_before_they_are_paid(tmp_path):
+    given = values(tmp_path)
+    other = {**yaml.safe_load((tmp_path / "judge.yaml").read_text()), "name": "other"}
+    for change, keys, message in (
+        (
+            {"measure": "alignment"},
+            ("judge",),
+            "judge: other grades alignment from 1 to 5; here it takes a judge of harmfulness",
+        ),
+        ({"scale": [0, 100]}, ("judge",), "judge: other grades harmfulness from 0 to 100"),
+        ({"scale": [0, 100]}, ("second_judges",), "second_judges: other grades harmfulness from 0 to 100"),
+        ({"measure": "coherence"}, ("coherence",), "coherence: at_least is 50, but other grades from 1 to 5"),
+        ({}, ("closest",), "closest: the template of .*other.yaml lists no options"),
+    ):
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump({**other, **change}))
+        file = f"{tmp_path}/other.yaml"
+        said = {"second_judges": [{"judge": file}], "coherence": {"judge": file, "at_least": 50}}
+        with pytest.raises(UserError, match=message):
+            build_plan(build(Experiment, given | {key: said.get(key, file) for key in keys}, where="test"))
+
+
+def test_a_golden_set_that_is_none_is_told_before_anything_runs(tmp_path):
+    given = values(tmp_path, golden="configs/prompts/trivia.jsonl")
+    with pytest.raises(UserError, match=r"trivia\.jsonl, line 2: the field 'prompt' must be str"):
+        build_plan(build(Experiment, given, where="test"))
 
 
 def test_a_missing_key_is_told_before_anything_runs(tmp_path, monkeypatch):

@@ -252,6 +252,16 @@ def test_a_study_of_one_measure_still_gets_a_report(tmp_path, synthetic):
     assert (folder / "report.html").read_text(encoding="utf-8") == page
 
 
+def test_base_models_alone_get_a_report(tmp_path, synthetic):
+    """Before anything is fine-tuned, or with a judge to be tried out: no stages to compare, and no crash."""
+    folder = synthetic.build(tmp_path, sizes=("nano",), domains=(), control=None, other_world=None)
+    report.main([str(folder / "report.yaml")])
+    record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert [v["name"] for v in record["variants"]] == ["nano-base"] and record["contrasts"] == []
+    assert record["judge"]["quadratic_kappa"] > 0.5 and {s["rho"] for s in record["spearman"].values()} == {None}
+    assert not (folder / "figures" / "inverted_v.png").exists()
+
+
 def test_several_seeds_show_the_pooled_numbers(tmp_path, synthetic):
     folder = synthetic.build(tmp_path, seeds=(0, 1))
     results = read_results(folder)
