@@ -2,18 +2,22 @@
 
     python -m benchmarks.sampling_core [device=cpu|cuda] [parts=draw,engine] [n=20] [threads=1] [note=...] [out=...]
     python -m benchmarks.sampling_core --table device=cuda      # also write serve/ops/backends.csv
+    python -m benchmarks.sampling_core --table device=cuda rows=64,512,3200 widths=896,3584 minutes=5   # a short call
 
 On a CPU: parts ``draw`` (one and 500 draws a row, 64 rows of 151,936 float32 logits) and ``engine`` (what the torch
 engine does at every step, and the engine itself on a nano model, with its sampler and with torch.multinomial). On a
-GPU: ``ceilings`` (copy, matrix products, one pass over logits), ``truncate`` (K2), ``choices`` (K3), ``head`` (K1);
-parts that were not named are all run.
+GPU, in this order: ``ceilings`` (copy, matrix products, one pass over logits), ``sketch`` (K2, pass one, and draws),
+``choices`` (K3), ``head`` (K1), ``filters`` (K2). Without ``parts`` all are run. On a GPU ``rows`` and ``widths`` make
+the grid smaller, what has not begun after ``minutes`` is left out, and so is a call that fails; both are said.
 
-Rows go to benchmarks/results/sampling_core.csv. ``floor_us`` is the least the machine needs, measured in the same
-run: on a CPU one reading of the logits, on a GPU the larger of that part's matrix product in bfloat16 and its reading
-of memory. ``of_floor`` is floor over median. The inputs are random; logits come in three families, since truncation
-depends on their shape. `faster` is the ratio to the row's ``against``, by CPU time on a CPU.
+Rows go to benchmarks/results/sampling_core.csv as they are found. ``floor_us`` is the least the machine needs, measured
+in the same run: on a CPU one reading of the logits, on a GPU the larger of that part's matrix product in bfloat16 and
+its reading of memory. ``of_floor`` is floor over median. The inputs are random; logits come in three families, since
+truncation depends on their shape. `faster` is the ratio to the row's ``against``, by CPU time on a CPU.
 """
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks import sampling_peers as peers
-from benchmarks.timing import Call, Times, append, machine, measure
+from benchmarks.timing import Call, append, machine, measure
 from candor.errors import UserError, nearest, run_script
 from serve import decoding
 from serve.ops import backends
@@ -39,6 +43,8 @@ NANO = ROOT / "train/organism/weights/nano"
 VOCABULARY = 151_936  # Qwen2.5
 WIDTHS, ROWS = (896, 1536, 2048, 3584, 5120), (1, 16, 64, 128, 256, 320, 512, 1024, 3200)
 FAMILIES = ("peaked", "heavy head", "flat")
+COMPILED = (64, 512, 3200)  # rows for which torch compiles its peers: it compiles anew for each shape
+TURN_SECONDS = 0.7  # that calls take turns for, on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +62,24 @@ class Shape:
 class Book:
     """Rows of this run."""
 
-    def __init__(self, device: str, n: int, note: str) -> None:
-        self.device, self.n, self.note = device, n, note
+    def __init__(self, device: str, n: int, note: str, out: Path = RESULTS) -> None:
+        self.device, self.n, self.note, self.out = device, n, note, out
         self.rows: list[dict[str, Any]] = []
+        self.rows_of: tuple[int, ...] = ROWS  # of the grid on a GPU
+        self.widths: tuple[int, ...] = WIDTHS
+        self.until = math.inf  # by time.monotonic(): what is not begun by then is left out
 
-    def take(
-        self, shape: Shape, calls: Mapping[str, Call], *, floor: str | float | None = None, against: str = ""
-    ) -> dict[str, Times]:
-        """Measure calls in turn and note them; the floor is one of them, or microseconds known already."""
-        found = measure(calls, device=self.device, n=self.n)
-        least = found[floor].median if isinstance(floor, str) else floor
-        if isinstance(floor, str) and self.device == "cpu":
-            least = found[floor].cpu
+    def take(self, shape: Shape, calls: Mapping[str, Call], *, floor: str = "", against: str = "") -> None:
+        """Measure calls in turn and write them down; the floor is one of them."""
+        if time.monotonic() > self.until:
+            print(f"left out, no time left: {shape}", flush=True)
+            return
+        limit = math.inf if self.device == "cpu" else TURN_SECONDS
+        found = measure(calls, device=self.device, n=self.n, seconds=limit)
+        least = None
+        if floor in found:
+            least = found[floor].median if found[floor].cpu is None else found[floor].cpu
+        taken = []
         for name, times in found.items():
             value = times.median if times.cpu is None else times.cpu
             base = found.get(against)
@@ -82,12 +94,13 @@ class Book:
                 "faster": "" if base is None else round((base.cpu or base.median) / value, 2),
                 "n": times.n, "how": times.how, **machine(self.device), "note": self.note,
             }  # fmt: skip
-            self.rows.append(row)
+            taken.append(row)
             print(
                 f"{shape.op:<16}{name:<26}{shape.rows:>5} x {shape.draws:<5}{shape.width:>5}{value:>12.1f} us", end=""
             )
             print(f"  of floor {row['of_floor']}  faster {row['faster']}", flush=True)
-        return found
+        self.rows += taken
+        append(self.out, taken)
 
 
 def logits_of(rows: int, family: str, device: str) -> torch.Tensor:
@@ -177,72 +190,95 @@ def _replies() -> tuple[int, dict[str, Call]]:
 
 
 def gpu_ceilings(book: Book) -> None:
-    """A copy of a gigabyte, and one reading of logits; matrix products are measured where they are the floor."""
-    source, target = torch.empty(2, 1 << 28, device="cuda").normal_()
-    book.take(Shape("copy of 1 GiB", 1), {"torch": lambda: target.copy_(source)})
-    for rows in ROWS:
+    """A copy of a gigabyte, the head's product with bfloat16 and float32 output, and one reading of logits."""
+    both = torch.empty(2, 1 << 28, device="cuda").normal_()
+    book.take(Shape("copy of 1 GiB", 1), {"torch": partial(both[1].copy_, both[0])})
+    for width, weight in heads(book.widths):
+        for rows in book.rows_of:
+            hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+            products: dict[str, Call] = {
+                "bfloat16": lambda h=hidden, w=weight: h @ w.T,
+                "float32": lambda h=hidden, w=weight: torch.mm(h, w.T, out_dtype=torch.float32),
+            }
+            book.take(Shape("product", rows, width=width), products)
+    for rows in book.rows_of:
         for bits in (torch.float32, torch.bfloat16):
             logits = logits_of(rows, "heavy head", "cuda").to(bits)
             shape = Shape("one reading", rows, family=str(bits).removeprefix("torch."))
             book.take(shape, {"torch": lambda logits=logits: logits.amax(dim=1)})
 
 
-def gpu_truncate(book: Book) -> None:
-    """K2: pass one, draws from logits, and the filters."""
-    sampling = peers.flashinfer()
-    for rows in ROWS:
+def logits_on_gpu(book: Book) -> Iterator[tuple[int, str, torch.Tensor, torch.Tensor, dict[str, Call]]]:
+    """Rows, family, logits, uniforms, and the call that reads the logits once."""
+    for rows in book.rows_of:
         for family in FAMILIES:
             logits, given = logits_of(rows, family, "cuda"), numbers(rows, 1, "cuda")
-            reading = {"one reading": lambda logits=logits: logits.amax(dim=1)}
-            sketches: dict[str, Call] = {
-                f"core {b}": lambda b=b, logits=logits: sketch_logits(logits, check=False, backend=b)
-                for b in backends.BACKENDS["sketch_logits"]
-            }
-            book.take(Shape("sketch_logits", rows, family=family), {**sketches, **reading}, floor="one reading")
+            yield rows, family, logits, given, {"one reading": lambda logits=logits: logits.amax(dim=1)}
 
+
+def gpu_sketch(book: Book) -> None:
+    """K2, pass one, and draws without filters."""
+    sampling, vllm_gumbel = peers.flashinfer(), peers.vllm_gumbel()
+    for rows, family, logits, given, reading in logits_on_gpu(book):
+        sketches: dict[str, Call] = {
+            f"core {b}": lambda b=b, logits=logits: sketch_logits(logits, check=False, backend=b)
+            for b in backends.BACKENDS["sketch_logits"]
+        }
+        book.take(Shape("sketch_logits", rows, family=family), {**sketches, **reading}, floor="one reading")
+
+        sketch = sketch_logits(logits, check=False, backend="triton")
+        finish: dict[str, Call] = {
+            f"core {b}": lambda b=b, sketch=sketch, given=given: draw(sketch, given, backend=b)
+            for b in backends.BACKENDS["finish"]
+        }
+        book.take(Shape("finish", rows, family=family), finish)
+
+        plain: dict[str, Call] = {
+            "core": lambda logits=logits, given=given: draw(
+                sketch_logits(logits, check=False, backend="triton"), given, backend="triton"
+            ),
+            "gumbel": lambda logits=logits: peers.gumbel_max(logits),
+        }
+        for name, sampler in (
+            ("softmax + multinomial", peers.softmax_multinomial),
+            ("exponential race", peers.exponential_race),
+        ):
+            plain[name] = partial(sampler, logits)
+            if rows in COMPILED:
+                plain[f"{name}, compiled"] = partial(peers.compiled(sampler), logits)
+        if sampling is not None:
+            plain["flashinfer"] = lambda logits=logits: sampling.sampling_from_logits(logits)
+        if vllm_gumbel is not None:
+            plain["vllm gumbel_sample"] = partial(vllm_gumbel, logits)
+        book.take(Shape("draw", rows, family=family), {**plain, **reading}, floor="one reading", against="core")
+
+
+def gpu_filters(book: Book) -> None:
+    """K2: top-k, top-p and min-p."""
+    sampling, vllm_filters = peers.flashinfer(), peers.vllm_top_k_top_p()
+    for rows, family, logits, given, reading in logits_on_gpu(book):
+
+        def core(logits: torch.Tensor = logits, given: torch.Tensor = given, **filters: Any) -> Any:
             sketch = sketch_logits(logits, check=False, backend="triton")
-            finish: dict[str, Call] = {
-                f"core {b}": lambda b=b, sketch=sketch, given=given: draw(sketch, given, backend=b)
-                for b in backends.BACKENDS["finish"]
-            }
-            book.take(Shape("finish", rows, family=family), finish)
+            return truncated_draw(sketch, given, backend="triton", **filters)
 
-            def core(logits: torch.Tensor = logits, given: torch.Tensor = given, **filters: Any) -> Any:
-                sketch = sketch_logits(logits, check=False, backend="triton")
-                if not filters:
-                    return draw(sketch, given, backend="triton")
-                return truncated_draw(sketch, given, backend="triton", **filters)
-
-            plain: dict[str, Call] = {
-                "core": core,
-                "softmax + multinomial": lambda logits=logits: peers.softmax_multinomial(logits),
-                "exponential race": lambda logits=logits: peers.exponential_race(logits),
-                "gumbel": lambda logits=logits: peers.gumbel_max(logits),
-            }
-            if rows in (64, 512, 3200):
-                race = peers.compiled(peers.exponential_race)
-                plain["exponential race, compiled"] = lambda logits=logits, race=race: race(logits)
-            filtered: dict[str, Call] = {
-                "core": lambda core=core: core(top_k=20, top_p=0.8),
-                "core, top-p alone": lambda core=core: core(top_p=0.8),
-                "core, min-p": lambda core=core: core(min_p=0.05),
-                "sort": lambda logits=logits: peers.sorted_top_p(logits, 20, 0.8),
-            }
-            if sampling is not None:
-                plain["flashinfer"] = lambda logits=logits: sampling.sampling_from_logits(logits)
-                filtered["flashinfer"] = lambda logits=logits: sampling.top_k_top_p_sampling_from_logits(
-                    logits, 20, 0.8
-                )
-                filtered["flashinfer, top-p alone"] = lambda logits=logits: sampling.top_p_sampling_from_probs(
-                    logits.softmax(dim=1), 0.8
-                )
-            book.take(Shape("draw", rows, family=family), {**plain, **reading}, floor="one reading", against="core")
-            book.take(
-                Shape("truncated_draw", rows, family=family),
-                {**filtered, **reading},
-                floor="one reading",
-                against="core",
+        filtered: dict[str, Call] = {
+            "core": partial(core, top_k=20, top_p=0.8),
+            "core, top-k 50": partial(core, top_k=50),
+            "core, top-p alone": partial(core, top_p=0.8),
+            "core, min-p": partial(core, min_p=0.05),
+            "sort": lambda logits=logits: peers.sorted_top_p(logits, 20, 0.8),
+        }
+        if sampling is not None:
+            filtered["flashinfer"] = lambda logits=logits: sampling.top_k_top_p_sampling_from_logits(logits, 20, 0.8)
+            filtered["flashinfer, top-p alone"] = lambda logits=logits: sampling.top_p_sampling_from_probs(
+                logits.softmax(dim=1), 0.8
             )
+        if vllm_filters is not None:
+            filtered["vllm top-k top-p"] = partial(vllm_filters, logits, 20, 0.8)
+            filtered["vllm top-p alone"] = partial(vllm_filters, logits, None, 0.8)
+        shape = Shape("truncated_draw", rows, family=family)
+        book.take(shape, {**filtered, **reading}, floor="one reading", against="core")
 
 
 def heads(widths: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -255,7 +291,8 @@ def gpu_choices(book: Book) -> None:
     """K3: 20 options of 3,000 rows from hidden states."""
     for width, weight in heads((896, 3584)):
         hidden = torch.randn(3000, width, device="cuda", dtype=torch.bfloat16)
-        ids = torch.randint(VOCABULARY, (3000, 20), device="cuda")
+        part = VOCABULARY // 20  # one id from each twentieth: each is listed once
+        ids = torch.randint(part, (3000, 20), device="cuda") + torch.arange(20, device="cuda") * part
         calls: dict[str, Call] = {
             f"core {b}": lambda b=b, h=hidden, w=weight, i=ids: choice_score(
                 lmhead_sketch(h, w, check=False, backend=b), i, backend="triton"
@@ -271,8 +308,8 @@ def gpu_choices(book: Book) -> None:
 
 def gpu_head(book: Book) -> None:
     """K1: from hidden states to tokens."""
-    for width, weight in heads(WIDTHS):
-        for rows in ROWS:
+    for width, weight in heads(book.widths):
+        for rows in book.rows_of:
             hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
             for n in (1, 500) if rows == 64 else (1,):
                 given = numbers(rows, n, "cuda")
@@ -318,7 +355,7 @@ def write_table(book: Book, path: Path = backends.TABLE) -> None:
         and r["family"] in ("", "heavy head")
     ]
     if not found:
-        raise UserError("--table: no backend was measured. Run the parts truncate and head, on a CUDA device.")
+        raise UserError("--table: no backend was measured. Run the parts sketch and head, on a CUDA device.")
     lines = ["op,device,width,rows,backend,median_us"]
     lines += [f"{m.op},{m.device},{m.width},{m.rows},{m.backend},{m.median_us}" for m in (*kept, *found)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -326,12 +363,25 @@ def write_table(book: Book, path: Path = backends.TABLE) -> None:
 
 RUN = {
     "cpu": {"draw": cpu_draw, "engine": cpu_engine},
-    "cuda": {"ceilings": gpu_ceilings, "truncate": gpu_truncate, "choices": gpu_choices, "head": gpu_head},
+    "cuda": {
+        "ceilings": gpu_ceilings,
+        "sketch": gpu_sketch,
+        "choices": gpu_choices,
+        "head": gpu_head,
+        "filters": gpu_filters,
+    },
 }
 
 
+def _whole_numbers(name: str, told: Mapping[str, str], default: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in told[name].split(",")) if name in told else default
+    except ValueError:
+        raise UserError(f"{name} is {told[name]!r}; it must be whole numbers with commas between them.") from None
+
+
 def main(argv: list[str]) -> None:
-    """Measure, and append the rows after every part."""
+    """Measure; rows are written as they are found."""
     told = dict(word.partition("=")[::2] for word in argv if word != "--table")
     device = told.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     if device not in RUN:
@@ -343,12 +393,14 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(int(told.get("threads", 1)))
     torch.manual_seed(0)
     book = Book(device, int(told.get("n", 20 if device == "cpu" else 100)), told.get("note", ""))
-    out, written = Path(told.get("out", RESULTS)), 0
+    book.out = Path(told.get("out", RESULTS))
+    book.rows_of = _whole_numbers("rows", told, ROWS)
+    book.widths = _whole_numbers("widths", told, WIDTHS)
+    if "minutes" in told:
+        book.until = time.monotonic() + 60 * float(told["minutes"])
     with torch.inference_mode():
         for part in parts:
             RUN[device][part](book)
-            append(out, book.rows[written:])
-            written = len(book.rows)
     if "--table" in argv:
         write_table(book)
 

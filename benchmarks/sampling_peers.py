@@ -71,6 +71,37 @@ def flashinfer() -> Any | None:
     return sampling
 
 
+def vllm_gumbel() -> Sampler | None:
+    """The sampler of vLLM's second model runner (0.31's signature), where vLLM is installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(logits), device=logits.device)
+        drawn: torch.Tensor = gumbel_sample(
+            logits, rows.int(), torch.ones_like(rows, dtype=torch.float32), rows, rows,
+            apply_temperature=True, is_drafting=False,
+        )  # fmt: skip
+        return drawn
+
+    return sample
+
+
+def vllm_top_k_top_p() -> Sampler | None:
+    """The filters of vLLM, and a race; with a copy of the logits, since it changes them in place."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    def sample(logits: torch.Tensor, top_k: int | None, top_p: float) -> torch.Tensor:
+        k = None if top_k is None else torch.full((len(logits),), top_k, dtype=torch.int32, device=logits.device)
+        p = torch.full((len(logits),), top_p, device=logits.device)
+        return exponential_race(apply_top_k_top_p(logits.clone(), k, p))
+
+    return sample
+
+
 def head_flashinfer(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """CuBLAS and then FlashInfer's sampler from logits."""
     sampling = flashinfer()

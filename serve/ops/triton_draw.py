@@ -59,8 +59,9 @@ def _pick_kernel(
     edges = tl.cumsum(weights.to(tl.float64), axis=1)
     total = tl.max(edges, axis=1)
     target = tl.load(inside_ptr + which, mask=here, other=0.5) * total
-    below = (edges <= target[:, None]) & (edges < total[:, None])
-    offset = tl.sum(below.to(tl.int32), axis=1)
+    # the first of any weight whose edge passes the target; a sum in parallel need not rise at every step
+    found = (weights > 0.0) & ((edges > target[:, None]) | (edges >= total[:, None]))
+    offset = tl.min(tl.where(found, lanes, TILE), axis=1)
     if greedy_ptr is not None:
         first = tl.min(tl.where(x == peak, lanes, TILE), axis=1)
         offset = tl.where(tl.load(greedy_ptr + row) != 0, first, offset)

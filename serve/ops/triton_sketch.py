@@ -11,7 +11,7 @@ import triton.language as tl
 
 from serve.ops.sources import HeadSource, LogitsSource
 from serve.ops.tiles import Tiles
-from serve.ops.triton_tiles import penalise, rule_args
+from serve.ops.triton_tiles import penalise, processors, rule_args
 
 _VALUES = 4096  # logits per program: 32 registers a thread
 _ROWS, _DEPTH = 64, 64  # of the product's blocks; its third side is the tile
@@ -148,8 +148,7 @@ def _fill_logits(
 def _fill_head(tiles: Tiles, source: HeadSource, scale: torch.Tensor, tile: int) -> None:
     n_tiles = tiles.maxima.shape[1]
     blocks = triton.cdiv(source.n_rows, _ROWS) * n_tiles
-    programs = torch.cuda.get_device_properties(source.device).multi_processor_count if source.hidden.is_cuda else 8
-    _head_kernel[(min(blocks, programs),)](
+    _head_kernel[(min(blocks, processors(source.device)),)](
         source.hidden, source.hidden.stride(0), source.weight, source.weight.stride(0), scale, *_parts(tiles),
         n_tiles, source.n_rows, source.width, source.vocab, *rule_args(source.rules, source.vocab),
         WIDEN=triton.knobs.runtime.interpret, ROWS=_ROWS, TILE=tile, DEPTH=_DEPTH,

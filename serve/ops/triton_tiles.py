@@ -76,6 +76,11 @@ def _head_kernel(
         tl.store(out_ptr + which * n_ids + lanes, x, mask=there)
 
 
+def processors(device: torch.device) -> int:
+    """How many programs that take up a processor each run at once; some in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
 def rule_args(rules: Rules, vocab: int) -> tuple[torch.Tensor | int | None, ...]:
     """What ``penalise`` takes after the row."""
     mask = rules.seen if rules.seen is not None else rules.allow

@@ -5,7 +5,8 @@ a number of tokens. The sketch says which tiles can hold them: a token at least 
 maximum among unopened tiles, tau, lies in an opened one, and all tokens above tau are therefore known.
 Tiles are opened in decreasing maximum until the set is settled within the tokens above tau; a row for
 which neither a first helping nor eight times as many suffice is looked at as a whole. So logits are read
-once for the sketch and at most once more.
+once for the sketch and at most once more, not counting the tiles opened in vain: a quarter of a row at most at
+a vocabulary of 152k. The kernels open a first helping only (serve/ops/triton_truncate.py).
 
 What is kept is decided on exact float64 masses of single tokens. The sketch's float32 sums enter only
 as the normaliser of top-p without top-k, and only when the decision is the same over their whole error;

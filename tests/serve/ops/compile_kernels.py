@@ -50,7 +50,9 @@ def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: 
     key = f"{kernel.__module__}.{kernel.__name__} {signature} {constants}"
     if key not in _seen:
         _seen.add(key)
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET)
+        options = {name: value for name, value in kwargs.items() if name == "num_warps"}
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=TARGET, options=options)
         told = {"kernel": f"{kernel.__module__}.{kernel.__name__}", "machine_code": len(compiled.asm["cubin"])}
         print(json.dumps(told | {"shared_memory": compiled.metadata.shared}), flush=True)  # noqa: T201
 

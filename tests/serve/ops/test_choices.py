@@ -55,15 +55,15 @@ def test_broken_rows_unchecked_say_so(value, backend):
 
 
 def test_scores_and_draws_agree(numbers):
-    """Sampling as in a paper and scoring must say the same."""
+    """Sampling as in a paper and scoring must say the same; with the temperature off by a tenth they do not."""
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(2)) * 2
     best = logits[0].topk(4).indices[None]
-    sketch = sketch_logits(logits)
-    lp = choice_score(sketch, best).logprobs
-    tokens = draw(sketch, numbers(1, 20_000)).tokens
-    counts = np.array([int((tokens == i).sum()) for i in best[0]])
-    p = lp[0].exp().numpy()
-    assert (np.abs(counts / 20_000 - p) < 4.5 * np.sqrt(p * (1 - p) / 20_000)).all()
+    p = choice_score(sketch_logits(logits), best).logprobs[0].exp().numpy()
+    for inv_temp in (1.0, 1 / 1.1):
+        tokens = draw(sketch_logits(logits, inv_temp), numbers(1, 20_000)).tokens
+        counts = np.array([int((tokens == i).sum()) for i in best[0]])
+        near = np.abs(counts / 20_000 - p) < 4.5 * np.sqrt(p * (1 - p) / 20_000)
+        assert near.all() == (inv_temp == 1)
 
 
 @pytest.mark.parametrize("n", [1, 7, 500])

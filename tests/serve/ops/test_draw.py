@@ -100,6 +100,21 @@ def test_law_of_a_million_draws_at_full_vocabulary(address, numbers, law):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("fault", [None, "temperature", "missing percent"])
+def test_chi_square_of_a_million_draws(fault, numbers, law):
+    """64 rows at V = 4096, the tail as one bin: the p-values are uniform; with a fault they are not."""
+    logits = logits_of(64, 4096)
+    rules = make_rules(64, 4096, logits.device, n_valid=4055 if fault == "missing percent" else None)
+    sketch = sketch_logits(logits, 1 / 1.1 if fault == "temperature" else 1.0, rules=rules)
+    tokens = draw(sketch, numbers(64, 15_625)).tokens.numpy()
+    found = [oracles.chi_square(t, p) for t, p in zip(tokens, law(logits), strict=True)]
+    if fault is None:
+        assert oracles.combined(found) > 1e-3
+    else:
+        assert oracles.combined(found) < 1e-6
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("fault", ["temperature", "missing tile"])
 def test_small_faults_are_caught_by_a_million_draws(fault, numbers, law):
     """What a thousand draws cannot see: the temperature off by one per cent; the last half per cent left out."""

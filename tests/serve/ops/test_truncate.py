@@ -11,7 +11,7 @@ import torch
 from serve.ops import oracles, reference
 from serve.ops.choices import choice_draw, choice_score
 from serve.ops.draw import draw
-from serve.ops.rules import NO_RULES
+from serve.ops.rules import NO_RULES, make_rules, pack_bits
 from serve.ops.sketch import lmhead_sketch, sketch_logits
 from serve.ops.sources import HeadSource
 from serve.ops.truncate import truncated_draw
@@ -23,6 +23,27 @@ SCALES = torch.tensor([1.0, 0.7, 1.4, 1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.floa
 def opened(request, monkeypatch):
     """Columns opened at first: so few that rows need a second and a third look, or all at once."""
     monkeypatch.setattr("serve.ops.truncate.OPENED", request.param)
+
+
+def shrink(monkeypatch, *, opened=64, block=256, listed=128, sample=64):
+    """Sizes of the kernels at which small rows are read as a whole, and at which the interpreter is not slow."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    for name, value in (("OPENED", opened), ("_BLOCK", block), ("_LIST", listed), ("_SAMPLE", sample)):
+        monkeypatch.setattr(triton_truncate, name, value)
+    return triton_truncate
+
+
+def count_reads(monkeypatch, n_rows):
+    """Blocks that the kernels will have read of each row that the opened tiles do not settle; two are the sample."""
+    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
+    reads, values = [0] * n_rows, triton_truncate._row_values
+
+    def counted(here, row, *rest):
+        reads[int(row.handle.data.item())] += 1
+        return values(here, row, *rest)
+
+    monkeypatch.setattr(triton_truncate, "_row_values", counted)
+    return reads
 
 
 def assert_equals_reference(logits, scales, uniforms, made, **filters):
@@ -64,9 +85,7 @@ TRITON_CASES = [
 @pytest.mark.parametrize("filters", TRITON_CASES)
 def test_the_kernels_equal_reference(hard_rows, numbers, filters, monkeypatch):
     """Few tiles opened, so that half the rows are settled among them and half are read again as a whole."""
-    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
-    monkeypatch.setattr(triton_truncate, "OPENED", 64)
-    monkeypatch.setattr(triton_truncate, "_BLOCK", 256)
+    shrink(monkeypatch)
     logits, uniforms = hard_rows(500), numbers(8, 2)
     sketch = sketch_logits(logits, SCALES, tile=16, backend="triton")
     made = truncated_draw(sketch, uniforms, backend="triton", **filters)
@@ -75,10 +94,91 @@ def test_the_kernels_equal_reference(hard_rows, numbers, filters, monkeypatch):
     assert torch.equal(made.certified, plain.certified)
 
 
+@pytest.mark.parametrize(
+    ("filters", "fault"),
+    [
+        pytest.param({"top_k": 300}, False, id="top-k"),
+        pytest.param({"top_p": 0.9}, False, id="top-p"),
+        pytest.param({"min_p": 0.1}, False, id="min-p", marks=pytest.mark.full),
+        pytest.param({"top_k": 300}, True, id="top-k-planted-fault", marks=pytest.mark.full),
+        pytest.param({"top_p": 0.9}, True, id="top-p-planted-fault", marks=pytest.mark.full),
+    ],
+)
+def test_the_kernels_read_a_row_twice(filters, fault, numbers, monkeypatch):
+    """Once for the sketch, and once more at most: a sample, every block once, and one block for each draw.
+
+    Planted fault: a sample that misleads. It costs readings; what is kept stays the same.
+    """
+    triton_truncate = shrink(monkeypatch, listed=2048, sample=1024)
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(4)) * torch.tensor([[0.3], [1.0], [1.3]])
+    uniforms, blocks = numbers(3, 2), -(-5000 // 256)
+    reads, guess = count_reads(monkeypatch, 3), triton_truncate._guess
+
+    def misled(sample, *rest):
+        return guess(sample, *rest[:4], rest[4] * 4, *(r * 0.25 for r in rest[5:7]), *rest[7:])
+
+    if fault:
+        monkeypatch.setattr(triton_truncate, "_guess", misled)
+    made = truncated_draw(sketch_logits(logits, tile=16, backend="triton"), uniforms, backend="triton", **filters)
+    assert_equals_reference(logits, torch.ones(3), uniforms, made, **filters)
+    assert reads[0] > 0  # the flattest row is not settled among the tiles opened
+    assert (max(reads) <= 2 + blocks + 2) != fault, reads
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 300}, {"top_p": 0.9}], ids=["top-k", "top-p"])
+def test_more_ties_than_can_be_listed_cost_one_reading_more(filters, numbers, monkeypatch):
+    shrink(monkeypatch)
+    reads = count_reads(monkeypatch, 2)
+    logits, uniforms = torch.zeros(2, 1000), numbers(2, 1)
+    logits[1, 500:] = -1.0
+    made = truncated_draw(sketch_logits(logits, tile=16, backend="triton"), uniforms, backend="triton", **filters)
+    assert_equals_reference(logits, torch.ones(2), uniforms, made, **filters)
+    assert max(reads) <= 2 + 2 * 4 + 1, reads
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("filters", [{"top_p": 0.8}, {"top_p": 0.99}, {"top_k": 50}])
+def test_the_kernels_as_they_are_launched(filters, numbers, monkeypatch):
+    """At the vocabulary of Qwen2.5: likely tokens over a body, and a flat row; half of it may be kept."""
+    vocab, uniforms = 151_936, numbers(2, 2)
+    reads = count_reads(monkeypatch, 2)
+    logits = torch.randn(2, vocab, generator=torch.Generator().manual_seed(0)) * torch.tensor([[2.0], [1.0]])
+    logits[0, ::760] += torch.linspace(14, 6, 200)
+    sketch = sketch_logits(logits, tile=128, backend="triton")
+    made = truncated_draw(sketch, uniforms, backend="triton", **filters)
+    assert_equals_reference(logits, torch.ones(2), uniforms, made, **filters)
+    assert made.certified.all()
+    assert 0 < max(reads) <= 2 + 38 + 2, reads
+
+
+@pytest.mark.parametrize("order", ["vllm", pytest.param("hf", marks=pytest.mark.full)])
+@pytest.mark.parametrize("source", ["logits", "head"])
+def test_filters_after_rules(source, order, hard_rows, numbers, backend, monkeypatch):
+    """Penalties, allow-masks and padding rows of the vocabulary, in rows that do not touch in memory."""
+    vocab = 300
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
+    if backend == "triton":
+        shrink(monkeypatch)
+    generator = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(3, 40, generator=generator)[:, :32], torch.randn(vocab, 32, generator=generator) * 0.5
+    logits = hard_rows(vocab + 20)[[0, 1, 5], :vocab] if source == "logits" else hidden @ weight.T
+    seen, allow = (torch.rand(3, vocab, generator=generator) < share for share in (0.3, 0.9))
+    told = {"repetition": 1.3, "presence": 0.25, "n_valid": vocab - 7}
+    rules = make_rules(3, vocab, logits.device, seen=pack_bits(seen), allow=pack_bits(allow), **told)
+    if source == "logits":
+        sketch = sketch_logits(logits, rules=rules, tile=16, backend=backend)
+    else:
+        way = "triton" if backend == "triton" else "whole"
+        sketch = lmhead_sketch(hidden, weight, rules=rules, tile=16, backend=way)
+    uniforms, filters = numbers(3, 2), {"top_k": 120, "top_p": 0.9, "min_p": 0.01, "order": order}
+    made = truncated_draw(sketch, uniforms, backend=backend, **filters)
+    rows = zip(logits.numpy(), seen.numpy(), allow.numpy(), strict=True)
+    penalised = [reference.penalised(x, seen=s, allow=a, **told) for x, s, a in rows]
+    assert_equals_reference(torch.from_numpy(np.stack(penalised)), torch.ones(3), uniforms, made, **filters)
+
+
 def test_the_kernels_on_logits_that_were_never_written(numbers, monkeypatch):
-    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
-    monkeypatch.setattr(triton_truncate, "OPENED", 64)
-    monkeypatch.setattr(triton_truncate, "_BLOCK", 256)
+    shrink(monkeypatch, listed=128)
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(3, 32, generator=generator) * torch.tensor([[1.0], [0.1], [3.0]])
     weight = torch.randn(300, 32, generator=generator)
@@ -96,13 +196,12 @@ def test_the_kernels_on_logits_that_were_never_written(numbers, monkeypatch):
 def test_min_p_is_relative_to_the_largest_value_of_its_own_product(min_p, numbers, backend, monkeypatch):
     """A head's values are computed twice, and the second product may round the largest below the sketch's maximum."""
     n_rows, vocab = (64, 3000) if backend == "torch" else (3, 300)
-    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
-        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 64)
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
+    if backend == "triton":
+        shrink(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n_rows, 896, generator=generator).bfloat16()
     weight = (torch.randn(vocab, 896, generator=generator) * 0.1).bfloat16()
-    if backend == "triton":
-        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 256)
     sketch = lmhead_sketch(hidden, weight, tile=16, backend="whole")
     sketch.row_max.add_(2e-6)  # what another product's rounding does; some rows of the first test have it of themselves
     made = truncated_draw(sketch, numbers(n_rows, 1), min_p=min_p, backend=backend)
@@ -118,10 +217,9 @@ def test_min_p_is_relative_to_the_largest_value_of_its_own_product(min_p, number
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 70}])
 def test_broken_rows_unchecked_get_a_token_and_no_certificate(value, filters, numbers, backend, monkeypatch):
     """In the first tile, the last whole one and the short one; among the tiles opened, or read again as a whole."""
-    for module in ("truncate", "triton_truncate")[: 1 + (backend == "triton")]:
-        monkeypatch.setattr(f"serve.ops.{module}.OPENED", 32)
+    monkeypatch.setattr("serve.ops.truncate.OPENED", 32)
     if backend == "triton":
-        monkeypatch.setattr("serve.ops.triton_truncate._BLOCK", 64)
+        shrink(monkeypatch, opened=32, block=64, listed=16)
     logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(3))
     broken, places = [0, 2, 4], [3, 50, 66]
     logits[broken, places] = value
@@ -216,7 +314,7 @@ def test_a_second_product_that_rounds_differently_is_not_trusted(fault, numbers,
         return torch.where(values > 2, values + 2e-5, values)
 
     if triton:
-        monkeypatch.setattr(module, "_BLOCK", 256)
+        shrink(monkeypatch)
         tile_values = module.tile_values
         monkeypatch.setattr(module, "tile_values", lambda *a: rounded(tile_values(*a)))
     else:
@@ -265,9 +363,7 @@ def test_rows_keep_to_themselves(n_rows, numbers, opened):
 @pytest.mark.parametrize("rows", [[2], [3, 0, 1]], ids=["one", "permuted"])
 def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
     """Bit by bit; rows settled among the tiles opened, and rows read again as a whole."""
-    triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
-    monkeypatch.setattr(triton_truncate, "OPENED", 32)
-    monkeypatch.setattr(triton_truncate, "_BLOCK", 128)
+    shrink(monkeypatch, opened=32, block=128, listed=32)
     logits, uniforms = torch.randn(4, 200, generator=torch.Generator().manual_seed(6)) * 2, numbers(4, 2)
     filters = {"top_k": torch.tensor([3, 50, 3, 50]), "min_p": 0.01}
     whole = truncated_draw(sketch_logits(logits, tile=16, backend="triton"), uniforms, backend="triton", **filters)
@@ -282,9 +378,7 @@ def test_the_kernels_keep_rows_to_themselves(rows, numbers, monkeypatch):
 def test_everything_that_is_read_was_written(hard_rows, numbers, backend, monkeypatch):
     """Outputs of draws, cuts and choices start as NaN, as those of the sketch do in its own test."""
     if backend == "triton":
-        triton_truncate = pytest.importorskip("serve.ops.triton_truncate")
-        monkeypatch.setattr(triton_truncate, "OPENED", 64)
-        monkeypatch.setattr(triton_truncate, "_BLOCK", 128)
+        shrink(monkeypatch, block=128, listed=32)
     monkeypatch.setattr("serve.ops.truncate.OPENED", 64)
     logits, uniforms = hard_rows(200)[4:], numbers(4, 3)
     sketch = sketch_logits(logits, SCALES[4:], raw=True, tile=16, backend=backend)
