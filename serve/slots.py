@@ -174,8 +174,8 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped 
         self.keys, self.values = self.keys[:n], self.values[:n]
 
     def get_seq_length(self) -> int:
-        """Columns that are looked at."""
-        return self._slots.width
+        """Columns before the one that is being written."""
+        return self._slots.width - 1
 
     def _clean_up_to(self, width: int) -> None:
         if width > self._clean:

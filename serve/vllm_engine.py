@@ -13,9 +13,9 @@ Requests are one draw each; vLLM reads their common prompt once (prefix caching,
 are named by their content, so that a cached block of another adapter can never be taken for this
 one's. In float32 a variant that fills batches is merged into the weights first; a small piece of work is
 served unmerged (``vllm.merge_from``). benchmarks/throughput.py measures from how many rows merging pays: with
-the nano model on a CPU, in one run, from the first (0.97 of the cost of serving it unmerged with 1 row,
-0.43 with 16), so that 16 is careful there. A large model takes longer to merge; none was measured. In
-bfloat16 all are served unmerged, as on the torch engine: merging rounds small adapters away.
+the nano model on a CPU from a few rows on, and 16 cost a third of what they cost unmerged, so that 16 is
+careful there. A large model takes longer to merge; none was measured. In bfloat16 all are served unmerged,
+as on the torch engine: merging rounds small adapters away.
 
 When memory runs out, or a worker process dies, vLLM is started again with half as many sequences at a
 time and the work goes on, which is said; what fails again ends with an error.

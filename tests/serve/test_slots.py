@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -127,6 +129,16 @@ WINDOW = 20  # columns; the prompts alone are about as long
                 )
             ),
             id="some-slide",
+        ),
+        pytest.param(
+            lambda n: Llama4ForCausalLM(
+                Llama4TextConfig(
+                    vocab_size=n, attention_chunk_size=WINDOW, layer_types=["chunked_attention", "full_attention"],
+                    num_local_experts=2, intermediate_size_mlp=96, head_dim=32, bos_token_id=None, eos_token_id=None,
+                    pad_token_id=None, **SMALL,
+                )
+            ),
+            id="some-in-chunks",
         ),
     ],
 )  # fmt: skip
