@@ -177,7 +177,7 @@ def _replies() -> tuple[int, dict[str, Call]]:
     def by_multinomial() -> None:
         decoding._draw = lambda logits, _, t: peers.softmax_multinomial_step(logits, t)
         # torch.multinomial takes none, so none are made for it
-        decoding.random_numbers = lambda rows, key, n, device: torch.zeros(len(rows), n, dtype=torch.double, device=device)
+        decoding.random_numbers = lambda rows, key, n, device: torch.zeros((len(rows), n), dtype=torch.float64)
         try:
             by_core()
         finally:
