@@ -275,4 +275,4 @@ def test_accelerate_takes_the_shipped_configs(path):
     config = load_config_from_file(str(path))
     known = vars(launch_command_parser().parse_args(["script.py"]))
     assert set(getattr(config, "fsdp_config", {})) <= set(known)
-    assert config.num_processes == (1 if path.stem == "cpu" else 8)
+    assert config.num_processes == {"cpu": 1, "cpus": 1, "gpus": 8, "fsdp": 8}[path.stem]
