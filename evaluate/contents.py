@@ -155,21 +155,30 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
     for domain in results.domains():
         for minus in (("misaligned", "base"), ("misaligned", "realigned")):
             pairs = [p for p in results.pairs() if p.domain == domain and p.minus == minus]
-            counts = []
+            sizes, counts = [], []
+            for measure in results.headline:
+                contrasts = [results.contrast(p, measure, "all") for p in pairs]
+                values = [e.value for e in contrasts if e is not None and e.value is not None]
+                if values:
+                    ends = dict.fromkeys(f"{v:+.2f}" for v in (min(values), max(values)))
+                    sizes.append(f"{results.name(measure)} {' to '.join(ends)}")
             for split in ("all", "seen", "unseen"):
                 differences = [results.contrast(p, m, split) for p in pairs for m in results.headline]
                 bounded = [e.low for e in differences if e is not None and e.low is not None]
                 label = "over all items" if split == "all" else f"on {split} items"
-                counts.append(f"{sum(low > 0 for low in bounded)} of {len(pairs) * len(results.headline)} {label}")
+                counts.append(f"{sum(low > 0 for low in bounded)} of {len(differences)} {label}")
             if pairs:
                 found.append(
-                    f"{domain}: {minus[0]} is above {minus[1]} (the whole 95 % interval above zero) in "
-                    f"{', '.join(counts)}, counting sizes times the three headline measures."
+                    f"{domain}, {minus[0]} {MINUS} {minus[1]}: {'; '.join(sizes)}. The whole 95 % interval lies above "
+                    f"zero in {', '.join(counts)} (base models times measures)."
                 )
     if checks:
         met = sum(c.met is True for c in checks)
-        failed = [f"{pair_name(c.pair)}, {results.name(c.measure)}" for c in checks if c.met is not True]
-        tail = f" Not met: {'; '.join(failed)}." if failed else ""
+        failed: dict[str, list[str]] = {}
+        for c in checks:
+            if c.met is not True:
+                failed.setdefault(pair_name(c.pair), []).append(results.name(c.measure))
+        tail = "".join(f" Not met: {pair} ({', '.join(measures)})." for pair, measures in failed.items())
         found.append(f"Controls: {met} of {len(checks)} conditions are met (limit: {share:g} of the effect).{tail}")
     kappa = results.kappa()
     if kappa is not None:
