@@ -81,6 +81,7 @@ class EngineConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the weights; logits are never below float32
     unit_prompts: int = 64  # prompts per unit of work: what a kill can cost, and what one batch is composed of
     batch_tokens: int = 131_072  # torch: rows x columns of the key-value cache at a time; halved when memory runs out
+    cuda_graphs: bool = False  # torch on a GPU: replay the decode step; written without a GPU, so off (serve/slots.py)
     threads: int | None = None  # CPU threads; null leaves the library's choice
     attest_tolerance: float | None = None  # nats; null: what serve/attest.py states for the dtype
     vllm: VllmConfig | None = None
@@ -92,6 +93,8 @@ class EngineConfig:
             raise ValueError("unit_prompts, batch_tokens and threads must be 1 or more")
         if (self.name == "api") != (self.api is not None):
             raise ValueError("the section api (model, endpoint) goes with name: api, and with no other engine")
+        if self.cuda_graphs and (self.name != "torch" or not self.device.startswith("cuda")):
+            raise ValueError("cuda_graphs: true goes with name: torch and a CUDA device")
         if self.vllm is not None and self.name != "vllm":
             raise ValueError("the section vllm goes with name: vllm")
 

@@ -18,7 +18,7 @@ from serve.prefill import Prefilled, usable_logits
 from serve.slots import Slots
 
 KEEP_SHARE = 0.8  # slots are filled anew, or the batch made smaller, when fewer than this share are still going
-_KEEP_SHARE_GPU = 0.5  # the batch is made smaller: there it means recording the step anew
+_KEEP_SHARE_GRAPHS = 0.5  # the batch is made smaller, where that means recording the step anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,14 @@ def decode(
     *,
     n_slots: int,
     capacity: int,
+    graphs: bool,
     key: int,
     temperature: float,
     max_tokens: int,
     end_ids: torch.Tensor,
     banned: torch.Tensor,
 ) -> Sequences:
-    """Draw a reply per row; ``n_slots`` at a time, of ``capacity`` columns each."""
+    """Draw a reply per row, ``n_slots`` at a time, of ``capacity`` columns each; steps are CUDA graphs if ``graphs``."""
     device = model.device
     n_rows = len(waiting.rows)
     tokens = torch.zeros(n_rows, max_tokens, dtype=torch.int64, device=device)
@@ -96,14 +97,14 @@ def decode(
     logprobs = torch.zeros(n_rows, dtype=torch.float64, device=device)
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
 
-    slots = Slots(model, min(n_slots, n_rows), capacity)
+    slots = Slots(model, min(n_slots, n_rows), capacity, graphs=graphs)
     n = len(slots)
     reply = torch.zeros(n, dtype=torch.int64, device=device)  # the row each slot makes
     step = torch.zeros(n, dtype=torch.int64, device=device)  # tokens drawn of it
     going = torch.zeros(n, dtype=torch.bool, device=device)
     numbers = torch.zeros(n, max_tokens, dtype=torch.float64, device=device)
     logits = torch.zeros(n, len(banned), device=device)
-    enough = KEEP_SHARE if device.type == "cpu" else _KEEP_SHARE_GPU
+    enough = _KEEP_SHARE_GRAPHS if graphs else KEEP_SHARE
     n_going = 0
     while n_going or waiting:
         if waiting and n_going < KEEP_SHARE * len(slots):
@@ -117,6 +118,7 @@ def decode(
                 numbers[where] = random_numbers([waiting.rows[i] for i in rows], key, max_tokens, device)
                 reply[where] = torch.tensor(rows, device=device)
                 step[where], going[where] = 0, True
+            del start, place  # the prompts' keys and values are in the slots now
         position = step.clamp(max=max_tokens - 1)[:, None]
         drawn, logprob = _draw(logits, numbers.gather(1, position)[:, 0], temperature)
         ends = torch.isin(drawn, end_ids)

@@ -79,6 +79,8 @@ def load_plain(base: Path, dtype: torch.dtype = torch.float32) -> Any:
 def load_model(base: Path, adapter: Path | None, tokenizer: Any, *, device: str, dtype: str) -> Any:
     """The model of a variant, ready to serve; UserError when its adapter does not fit or does not act."""
     _check_device(device)
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # where CUDA graphs are recorded and Triton's kernels run
     final = DTYPES[dtype]
     model = load_plain(base, final)
     if final == torch.bfloat16:

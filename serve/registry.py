@@ -14,7 +14,14 @@ def _open_torch(config: EngineConfig, base: Path, adapter: Path | None) -> Engin
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return TorchEngine(base, adapter, device=config.device, dtype=config.dtype, batch_tokens=config.batch_tokens)
+    return TorchEngine(
+        base,
+        adapter,
+        device=config.device,
+        dtype=config.dtype,
+        batch_tokens=config.batch_tokens,
+        cuda_graphs=config.cuda_graphs,
+    )
 
 
 def _open_vllm(config: EngineConfig, base: Path, adapter: Path | None, n_rows: int | None) -> Engine:

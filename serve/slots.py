@@ -5,35 +5,41 @@ another takes the slot, at whatever step the others are; so every slot has its o
 and what lies outside is masked. Nothing is moved when a slot changes hands, and shapes do not change, which
 is what a CUDA graph asks for. Only when no reply waits any more is the batch made smaller.
 
-On a GPU a step is recorded as a CUDA graph and replayed. That has never been run: no GPU was at hand when it
-was written. ``make gpu-test`` compares it with the step as it is (tests/serve/test_slots.py).
+On a GPU a step can be recorded as a CUDA graph and replayed (``engine.cuda_graphs``). That has never been run, for
+want of a GPU, and is off until ``make gpu-test`` has compared it with the step as it is (tests/serve/test_slots.py).
 """
 
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from serve.loading import is_out_of_memory
 from serve.prefill import Prefilled, as_mask
+
+Read = Callable[[torch.Tensor], torch.Tensor]  # tokens [slots] to logits [slots, vocab]
 
 
 class Slots:
     """Where each slot's reply begins and goes on, and the cache that a model writes it into."""
 
-    def __init__(self, model: Any, n: int, capacity: int) -> None:
+    def __init__(self, model: Any, n: int, capacity: int, *, graphs: bool = False) -> None:
         self.model, self.capacity = model, capacity
         self.begin = torch.zeros(n, dtype=torch.int64, device=model.device)  # first column of the prompt
         self.end = torch.zeros_like(self.begin)  # column the next token is written to
         self.width = 0  # columns that are looked at
-        on_gpu = model.device.type == "cuda"
-        self._every = 128 if on_gpu else 1  # the width is a multiple of this: each width is a graph of its own
-        self._graphs = _Graphs(self._read) if on_gpu else None
+        self._every = 128 if graphs else 1  # the width is a multiple of this: each width is a graph of its own
+        self._graphs = _Graphs() if graphs else None
         text = model.config.get_text_config(decoder=True)
         self._kinds = getattr(text, "layer_types", None)
         self._window = getattr(text, "sliding_window", None)
         self._chunk = getattr(text, "attention_chunk_size", None)
-        self.cache = Cache(layers=[SlotLayer(self) for _ in range(text.num_hidden_layers)])
+        # layers do not hold on to the slots: a cycle would keep a finished batch's memory until Python looks for cycles
+        slots = weakref.proxy(self)
+        self.cache = Cache(layers=[SlotLayer(slots) for _ in range(text.num_hidden_layers)])
 
     def __len__(self) -> int:
         return len(self.end)
@@ -57,14 +63,14 @@ class Slots:
         for layer in self.cache.layers:
             layer.keep(n, gaps, last)
         if self._graphs is not None:
-            self._graphs = _Graphs(self._read)  # those there are are of another size
+            self._graphs = _Graphs(record=self._graphs.record)  # those there are are of another size
         return were
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Read one token per slot [slots] and give the logits [slots, vocab] of what follows it."""
         needed = int(self.end.max()) + 1
         self.width = min(self.capacity, -(-needed // self._every) * self._every)
-        return self._read(tokens) if self._graphs is None else self._graphs(tokens, self.width)
+        return self._read(tokens) if self._graphs is None else self._graphs(self._read, tokens, self.width)
 
     def _read(self, tokens: torch.Tensor) -> torch.Tensor:
         output = self.model(
@@ -101,36 +107,44 @@ class Slots:
 class _Graphs:
     """Steps as CUDA graphs, one per width; where a model's step cannot be recorded it is run as it is."""
 
-    def __init__(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._read = read
-        self._recorded: dict[int, torch.cuda.CUDAGraph | None] = {}
+    def __init__(self, *, record: bool = True) -> None:
+        self.record = record  # False once a step was found that cannot be
+        self._recorded: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, tokens: torch.Tensor, width: int) -> torch.Tensor:
+    def __call__(self, read: Read, tokens: torch.Tensor, width: int) -> torch.Tensor:
         """Logits [slots, vocab], valid until the next step."""
-        if not self._recorded:
+        if self.record and not self._recorded:
             self._tokens = tokens.clone()  # what every graph reads
-            self._logits = self._read(self._tokens)  # and writes
+            self._logits = read(self._tokens)  # and writes
+        if self.record and width not in self._recorded:
+            self._tokens.copy_(tokens)
+            self._record(read, width)
+        if not self.record:
+            return read(tokens)
         self._tokens.copy_(tokens)
-        if width not in self._recorded:
-            self._recorded[width] = self._record()
-        graph = self._recorded[width]
-        if graph is None:
-            return self._read(self._tokens)
-        graph.replay()
+        self._recorded[width].replay()
         return self._logits
 
-    def _record(self) -> torch.cuda.CUDAGraph | None:
-        self._read(self._tokens)  # compiles what has to be; writes the column that the replay writes again
+    def _record(self, read: Read, width: int) -> None:
+        """Record a step of this width, or find that no step can be: one that looks at a number on the host."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # found out here, because a recording that fails leaves torch recording
+        try:
+            read(self._tokens)  # compiles what has to be; writes the column that the replay writes again
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self.record = False
+            sys.stderr.write(f"this model's step cannot be a CUDA graph and is run as it is: {error}\n")
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._logits.copy_(self._read(self._tokens))
-        except RuntimeError:  # the step looks at a number on the host
-            torch.cuda.synchronize()
-            return None
-        return graph
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._logits.copy_(read(self._tokens))
+        self._recorded[width] = graph
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here

@@ -58,6 +58,7 @@ class TorchEngine:
         batch_tokens: int = 131_072,
         pruning: Pruning | None = None,
         refill: bool | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """``refill``: slots of ended replies are filled anew at once, or when a whole group has ended; None: by device.
 
@@ -74,6 +75,7 @@ class TorchEngine:
         if self.model.device.type == "cpu":
             _keep_freed_memory()
         self.refill = self.model.device.type != "cpu" if refill is None else refill
+        self.cuda_graphs = cuda_graphs
         self.pruning = pruning or Pruning()
         self.end_ids = sorted(stop_token_ids(self.tokenizer, self.model.generation_config))  # as in training
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
@@ -121,6 +123,7 @@ class TorchEngine:
             waiting,
             n_slots=batch.n_slots,
             capacity=batch.columns,
+            graphs=self.cuda_graphs,
             key=key,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -239,10 +242,11 @@ class TorchEngine:
         temperature: float,
         max_tokens: int,
     ) -> tuple[list[list[Reply]], list[OptionScores]]:
-        start = prefill(self.model, [prompts[i] for i in order], capacity=batch.columns, banned=self._banned)
-        scores = dict(zip(order, self._score_from(start, tries), strict=True))
+        read = [prefill(self.model, [prompts[i] for i in order], capacity=batch.columns, banned=self._banned)]
+        scores = dict(zip(order, self._score_from(read[0], tries), strict=True))
         replies: list[list[Reply]] = [[] for _ in order]
-        drawn = self._decode(Waiting(rows, lambda _: start), batch, key, temperature, max_tokens)
+        # handed over, so that the prompts' keys and values are not held twice
+        drawn = self._decode(Waiting(rows, lambda _: read.pop()), batch, key, temperature, max_tokens)
         for row, reply in zip(rows, self._replies(drawn), strict=True):
             replies[row.prompt].append(reply)
         return replies, [scores[i] for i in range(len(order))]
@@ -296,12 +300,12 @@ def _rows(requests: Sequence[Request], order: Sequence[int]) -> list[Row]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep blocks of up to 64 MiB, 256 MiB in all, for the next step; other allocators are left alone.
+    """Let glibc keep blocks of up to 32 MiB, 256 MiB in all, for the next step; other allocators are left alone.
 
     By default it gives them back, and every step's logits are fresh pages that the kernel fills with zeros: a
     tenth of the processor's time with the nano model.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD
+        if libc.mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD: the most that glibc promises to take
+            libc.mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD

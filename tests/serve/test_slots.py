@@ -1,5 +1,8 @@
 """Slots: replies that take the places of ended ones are those they would be alone, in every kind of attention."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from transformers import (
@@ -16,6 +19,7 @@ from transformers import (
 
 from candor.hashing import hash64
 from serve import decoding, slots, torch_engine
+from serve.config import EngineConfig
 from serve.engine import Request
 from serve.loading import encode_prompt, load_tokenizer
 from serve.slots import Slots
@@ -92,12 +96,52 @@ def test_what_an_earlier_reply_left_in_a_slot_would_be_caught(base, prompts, exp
     assert sum(a != b for a, b in zip(texts_of(found), texts_of(expected[:8]), strict=True)) > 5
 
 
+def test_a_finished_batch_is_freed_at_once(base, prompts, monkeypatch):
+    """Not when Python next looks for cycles: on a GPU a second batch would find the memory of the first taken."""
+    made, init = [], Slots.__init__
+
+    def watched(self, *args, **how):
+        init(self, *args, **how)
+        made.append(weakref.ref(self))
+        made.append(weakref.ref(self.cache))
+
+    monkeypatch.setattr(Slots, "__init__", watched)
+    engine = TorchEngine(base, None, batch_tokens=700)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.sample(requests_of(prompts[:8]), **HOW)
+        assert len(made) > 4 and all(ref() is None for ref in made)
+    finally:
+        gc.enable()
+
+
+def test_what_was_read_for_the_slots_is_freed_once_it_is_in_them(base, prompts, monkeypatch):
+    """Prompts' keys and values are not held a second time while their replies are made."""
+    read, alive = [], []
+    prefill, step = torch_engine.prefill, Slots._read
+
+    def reading(*args, **how):
+        made = prefill(*args, **how)
+        read.append(weakref.ref(made.cache))
+        return made
+
+    def stepping(self, tokens):
+        alive.append(sum(ref() is not None for ref in read))
+        return step(self, tokens)
+
+    monkeypatch.setattr(torch_engine, "prefill", reading)
+    monkeypatch.setattr(Slots, "_read", stepping)
+    TorchEngine(base, None).sample([Request(p.text, i, 0, 1) for i, p in enumerate(prompts[:8])], **HOW)
+    assert alive and max(alive) == 0
+
+
 def test_columns_beyond_what_is_needed_change_nothing(base, prompts, seen, expected, monkeypatch):
     """A GPU looks at a multiple of 128 columns, so that few graphs are recorded."""
     made = Slots.__init__
 
-    def wide(self, *args):
-        made(self, *args)
+    def wide(self, *args, **how):
+        made(self, *args, **how)
         self._every = 32
 
     monkeypatch.setattr(Slots, "__init__", wide)
@@ -164,18 +208,51 @@ def test_greedy_equals_hugging_face_in_every_kind_of_attention(base, prompts, tm
         assert reply.text == tokenizer.decode(out[:-1] if ended else out)
 
 
+@pytest.mark.parametrize("where", [{"device": "cpu"}, {"device": "cuda", "name": "vllm"}])
+def test_graphs_are_for_the_torch_engine_on_a_gpu(where):
+    with pytest.raises(ValueError, match="cuda_graphs: true goes with name: torch and a CUDA device"):
+        EngineConfig(cuda_graphs=True, **where)
+
+
 @pytest.mark.gpu
 def test_recorded_steps_are_the_steps(base, prompts, monkeypatch):
     """A CUDA graph's replies and log-probabilities beside those of the step run as it is."""
-    engine = TorchEngine(base, None, device="cuda", batch_tokens=2048)
-    recorded = []
-    record = slots._Graphs._record
-    monkeypatch.setattr(slots._Graphs, "_record", lambda self: recorded.append(record(self)) or recorded[-1])
+    engine = TorchEngine(base, None, device="cuda", batch_tokens=2048, cuda_graphs=True)
+    widths, record = [], slots._Graphs._record
+
+    def recording(self, read, width):
+        record(self, read, width)
+        assert self.record
+        widths.append(width)
+
+    monkeypatch.setattr(slots._Graphs, "_record", recording)
     replayed = engine.sample(requests_of(prompts), **HOW)
-    assert recorded and None not in recorded
-    monkeypatch.setattr(slots._Graphs, "__call__", lambda self, tokens, width: self._read(tokens))
-    eager = engine.sample(requests_of(prompts), **HOW)
+    assert widths
+    eager = TorchEngine(base, None, device="cuda", batch_tokens=2048).sample(requests_of(prompts), **HOW)
     assert sum(a != b for a, b in zip(texts_of(replayed), texts_of(eager), strict=True)) <= 1
     for one, other in zip(replayed, eager, strict=True):
         for a, b in zip(one, other, strict=True):
             assert a.text != b.text or a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(base, prompts, capsys):
+    """One that looks at a number on the host; what torch does afterwards is on the stream it was on."""
+    plain = TorchEngine(base, None, device="cuda", batch_tokens=2048).sample(requests_of(prompts), **HOW)
+    engine = TorchEngine(base, None, device="cuda", batch_tokens=2048, cuda_graphs=True)
+    engine.model.model.layers[0].register_forward_hook(lambda module, given, made: float(given[0].sum()) and None)
+    before = torch.cuda.current_stream()
+    found = engine.sample(requests_of(prompts), **HOW)
+    assert "cannot be a CUDA graph" in capsys.readouterr().err
+    assert torch.cuda.current_stream() == before
+    assert sum(a != b for a, b in zip(texts_of(found), texts_of(plain), strict=True)) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_records_its_own_steps(base, prompts):
+    first, second = (
+        TorchEngine(base, None, device=device, batch_tokens=2048, cuda_graphs=True).sample(requests_of(prompts), **HOW)
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert sum(a != b for a, b in zip(texts_of(first), texts_of(second), strict=True)) <= 1
