@@ -89,7 +89,7 @@ def decode(
     end_ids: torch.Tensor,
     banned: torch.Tensor,
 ) -> Sequences:
-    """Draw a reply per row, ``n_slots`` at a time, of ``capacity`` columns each; steps are CUDA graphs if ``graphs``."""
+    """Draw a reply per row: ``n_slots`` at a time, of ``capacity`` columns each, with or without CUDA graphs."""
     device = model.device
     n_rows = len(waiting.rows)
     tokens = torch.zeros(n_rows, max_tokens, dtype=torch.int64, device=device)
