@@ -47,8 +47,8 @@ def arguments(config: TrainConfig, folder: Path) -> SFTConfig:
     moved = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate follows it whatever is asked for here
     if moved and config.device == "cuda":
         raise UserError(
-            "device is 'cuda', but ACCELERATE_USE_CPU moves training to the CPU. Unset it (use_cpu: false in a file of "
-            "accelerate's), or use device: cpu or auto."
+            "device is 'cuda', but ACCELERATE_USE_CPU moves training to the CPU. Unset it, or set use_cpu: false in "
+            "accelerate's file (scripts/slurm/launch.sh sets it on a node without a GPU); or use device: cpu or auto."
         )
     on_cuda = torch.cuda.is_available() and not moved if config.device == "auto" else config.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
