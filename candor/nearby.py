@@ -1,7 +1,8 @@
 """Models and training data on a node's own disk: copied there once per node, not read over the network by each job.
 
 Where CANDOR_LOCAL_DISK names no folder, or its disk is full, the shared copy is read and all goes on as
-before. Only bytes come from the copy: names and hashes in manifests are those of the shared folder.
+before. Only bytes come from the copy: names in manifests are those of the shared folder, and hashes are of
+the bytes that were loaded.
 """
 
 import fcntl

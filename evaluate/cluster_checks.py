@@ -18,6 +18,7 @@ from evaluate.experiment_config import Experiment
 from evaluate.hardware import Hardware
 from evaluate.judge_config import JudgeConfig, read_judge
 from evaluate.modes import complete
+from evaluate.plan import endpoints_asked
 from evaluate.questions import gather
 from evaluate.stages import Stage, own_inputs
 from serve.config import Ask
@@ -106,7 +107,7 @@ def estimate(
         measured=bool(hours_of),
         disk_gb=disk,
         dollars=_dollars(experiment, wanted),
-        problems=tuple(dict.fromkeys((*problems, *_paths(experiment.output, wanted)))),
+        problems=tuple(dict.fromkeys((*problems, *_paths(experiment.output, wanted), *_keys(profile, wanted)))),
         notes=tuple(notes.values()),
     )
 
@@ -129,7 +130,7 @@ def lines(found: Estimate, profile: Profile) -> Iterator[str]:
 _PROBE = """
 cd "$1" || exit 0
 : >"$2/.probe-$$" && rm "$2/.probe-$$" && echo asked
-command -v "$3" >/dev/null || echo "lost $3"
+"$3" -c "" >/dev/null 2>&1 || echo "lost $3"
 shift 3
 for file; do test -r "$file" || echo "lost $file"; done
 """
@@ -156,7 +157,7 @@ def probe(run: Path, profile: Profile, options: Options, stages: Sequence[Stage]
     # as a job begins: with what the profile sets up, and in its container
     inside = f'{profile.container} bash -c {shlex.quote(_PROBE)} probe "$@"'
     begin = "\n".join((*profile.setup, f"{inside} 2>&1 || echo failed"))
-    words += ["bash", "-c", begin, "probe", os.getcwd(), str(run), profile.python, *map(str, files)]
+    words += ["bash", "-c", begin, "probe", os.getcwd(), str(run), profile.program, *map(str, files)]
     told = call(words).splitlines()
     node = f"a node{where_asked(options)}"
     if "failed" in told:
@@ -167,8 +168,8 @@ def probe(run: Path, profile: Profile, options: Options, stages: Sequence[Stage]
             f"{node} cannot write into {run.absolute()}. Choose an output on a file system that all nodes share{bind}."
         )
     lost = [line.removeprefix("lost ") for line in told if line.startswith("lost ")]
-    if profile.python in lost:
-        return f"{node} has no {profile.python} (python of the profile). Set it up where all nodes see it."
+    if profile.program in lost:
+        return f"{node} cannot start {profile.program} (python of the profile). Set it up where all nodes see it."
     return (
         f"{node} cannot read {', '.join(lost[:3])}. Put the study's inputs where all nodes see them." if lost else None
     )
@@ -233,6 +234,17 @@ def _paths(run: Path, stages: Sequence[Stage]) -> Iterator[str]:
     for path in own_inputs(stages, run):
         if not path.exists():
             yield f"{path} is not there (looked from {Path.cwd()})."
+
+
+def _keys(profile: Profile, stages: Sequence[Stage]) -> Iterator[str]:
+    """Keys of endpoints that no job would find: sbatch hands the variables of this shell on to the jobs."""
+    for endpoint in endpoints_asked(stages):
+        if endpoint.key_file is None and endpoint.key_env in profile.environment:
+            continue
+        try:
+            endpoint.read_key()
+        except UserError as error:
+            yield f"{error} Jobs have the variables of the shell you submit from; a file must be seen by their nodes."
 
 
 def _dollars(experiment: Experiment, stages: Sequence[Stage]) -> float | None:

@@ -5,6 +5,7 @@ that says only what differs. Its lines end up as options of sbatch and in the he
 every job runs.
 """
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -41,7 +42,7 @@ class Options:
 class Profile:
     """One cluster."""
 
-    python: str = ".venv/bin/python"  # seen from the folder of submission, or inside the container
+    python: str = ".venv/bin/python"  # seen from the folder of submission, in the container too; or a name on PATH
     all: Options = field(default_factory=Options)
     kinds: dict[str, Options] = field(default_factory=dict)
     setup: tuple[str, ...] = ()  # shell lines before anything runs: module load ..., source ...
@@ -93,6 +94,11 @@ class Profile:
                 "container and kinds.train.accelerate do not go together: training in several processes is started "
                 "with srun, which a container does not hold. Use a venv (python, setup) for it."
             )
+
+    @property
+    def program(self) -> str:
+        """``python`` as it is started: from the folder of submission, whatever folder a container begins in."""
+        return os.path.abspath(self.python) if "/" in self.python else self.python  # a venv's link is not followed
 
     def options(self, kind: str) -> Options:
         """The section ``all`` with what the kind says in its place; arguments are added."""

@@ -158,9 +158,9 @@ def script(folder: Path, profile: Profile) -> str:
         *([f"if [[ ! ${{1%%-*}} =~ ^({'|'.join(online) or 'none'})$ ]]; then", *offline, "fi"] if offline else []),
         *([f'export CANDOR_LOCAL_DISK="{profile.local_disk}"'] if profile.local_disk else []),
         *profile.setup,
-        f"export CANDOR_PYTHON={shlex.quote(profile.python)} CANDOR_SIGNAL_SECONDS={profile.signal_seconds}",
+        f"export CANDOR_PYTHON={shlex.quote(profile.program)} CANDOR_SIGNAL_SECONDS={profile.signal_seconds}",
         f"hand_over {' '.join(profile.environment)}".rstrip(),
-        f"run_requeueable {_inside(profile)}{profile.python} -m evaluate.cluster_element "
+        f"run_requeueable {_inside(profile)}{shlex.quote(profile.program)} -m evaluate.cluster_element "
         f'{shlex.quote(str(folder))} "$1" "$SLURM_ARRAY_TASK_ID"',
         "exit $?",
     ]

@@ -29,7 +29,7 @@ from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
 from evaluate.stages import Stage, check_plan
 from serve.config import ApiConfig, Ask, EngineConfig
-from serve.endpoint import same_model
+from serve.endpoint import Endpoint, same_model
 from serve.plan import refuse_shared_keys, refuse_shared_streams
 from train.config import RECIPE_KEYS, SECTIONS
 from train.data import DataSet
@@ -539,13 +539,17 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
 
 def refuse_keyless(stages: Sequence[Stage]) -> None:
     """UserError when the key of an endpoint that a stage asks is not there: better now than after hours of training."""
+    for endpoint in endpoints_asked(stages):
+        endpoint.read_key()
+
+
+def endpoints_asked(stages: Sequence[Stage]) -> list[Endpoint]:
+    """The endpoints of the judges and of the hosted models that stages ask."""
     judges = dict.fromkeys(s.config["judge"] for s in stages if s.module == "evaluate.judge")
     endpoints = [read_judge(Path(path)).endpoint for path in judges]
     hosted = [(s.config.get("engine") or {}).get("api") for s in stages]
     endpoints += [build(ApiConfig, api, where="hosted").endpoint for api in hosted if api]
-    for endpoint in endpoints:
-        if endpoint is not None:
-            endpoint.read_key()
+    return [endpoint for endpoint in endpoints if endpoint is not None]
 
 
 def recipe_for(experiment: Experiment, domain: str, size: str) -> dict[str, Any]:

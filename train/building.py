@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
@@ -43,7 +44,13 @@ def arguments(config: TrainConfig, folder: Path) -> SFTConfig:
         raise UserError(
             f"sft.packing_strategy is {config.sft['packing_strategy']!r}, which cuts conversations in two. Use bfd."
         )
-    on_cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
+    moved = parse_flag_from_env("ACCELERATE_USE_CPU")  # accelerate follows it whatever is asked for here
+    if moved and config.device == "cuda":
+        raise UserError(
+            "device is 'cuda', but ACCELERATE_USE_CPU moves training to the CPU. Unset it, or set use_cpu: false in "
+            "accelerate's file (scripts/slurm/launch.sh sets it on a node without a GPU); or use device: cpu or auto."
+        )
+    on_cuda = torch.cuda.is_available() and not moved if config.device == "auto" else config.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch finds no CUDA device here. Use device: cpu or auto.")
     defaults: dict[str, Any] = {

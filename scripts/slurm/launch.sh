@@ -7,7 +7,8 @@ config=$1
 shift
 gpus=${SLURM_GPUS_ON_NODE:-0}
 per_node=$((gpus > 0 ? gpus : 1))
-((gpus > 0)) || export ACCELERATE_USE_CPU=true # or accelerate's processes look for GPUs
+# without GPUs accelerate's processes must not look for any; a whole node's may be there without Slurm counting them
+((gpus > 0)) || [[ -e /dev/nvidiactl ]] || export ACCELERATE_USE_CPU=true
 cores=$((${SLURM_CPUS_PER_TASK:-1} / per_node))
 export OMP_NUM_THREADS=$((cores > 0 ? cores : 1)) TOKENIZERS_PARALLELISM=false
 # torch's launcher hands the signal before a time limit on, and then waits while a state is written

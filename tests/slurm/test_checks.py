@@ -1,5 +1,8 @@
 """What is said, and what is refused, before anything is submitted. Needs no Slurm."""
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +11,10 @@ import yaml
 
 from candor.config import build, read_yaml
 from candor.errors import UserError
-from evaluate.cluster_checks import estimate, lines, probed, refuse
+from evaluate.cluster_checks import estimate, lines, probe, probed, refuse
 from evaluate.cluster_jobs import Job, Needs, make_jobs
-from evaluate.cluster_profile import KINDS, Profile
-from evaluate.cluster_submit import main
+from evaluate.cluster_profile import KINDS, Options, Profile
+from evaluate.cluster_submit import main, script
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
 from evaluate.questions import gather
@@ -122,6 +125,45 @@ def test_every_partition_and_constraint_is_asked_once():
     needs = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
     jobs = [Job(f"{kind}-1", kind, needs) for kind in KINDS]
     assert set(probed(jobs, profile)) == {("cpu", ""), ("gpu", ""), ("gpu", "a100")}
+
+
+def test_a_key_that_no_job_would_find_is_a_reason_against_it(tmp_path, monkeypatch):
+    values = read_yaml(Path("configs/evaluate/judges/gpt-4.1-harmfulness.yaml"))
+    judge, key = tmp_path / "judge.yaml", {"environment": {"NO_SUCH_KEY": "of the jobs' own"}}
+    judge.write_text(yaml.safe_dump({**values, "endpoint": {**values["endpoint"], "key_env": "NO_SUCH_KEY"}}))
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    [problem] = estimated(tmp_path, judge=str(judge))[0].problems
+    assert "NO_SUCH_KEY holds no usable key" in problem and "the shell you submit from" in problem
+    assert estimated(tmp_path, judge=str(judge), profile=build(Profile, key, where="test"))[0].problems == ()
+    monkeypatch.setenv("NO_SUCH_KEY", "sk-1")
+    assert estimated(tmp_path, judge=str(judge))[0].problems == ()
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_python_is_started_as_the_probe_says_where_a_container_begins_in_another_folder(tmp_path, monkeypatch):
+    """A node is this machine: srun only drops its own options."""
+    lib = tmp_path / "code" / "scripts" / "slurm" / "lib.sh"
+    lib.parent.mkdir(parents=True)
+    shutil.copy("scripts/slurm/lib.sh", lib)
+    monkeypatch.chdir(tmp_path)
+    write_program(tmp_path / "on_path" / "srun", '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}/on_path:{os.environ['PATH']}")
+    for place, python in (("my venv", "my venv/python"), ("on_path", "my_python")):
+        program = tmp_path / place / Path(python).name
+        profile = Profile(python=python, container="env -C /")
+        write_program(program, "#!/nowhere/interpreter\n")  # there, and cannot be started
+        assert f"cannot start {profile.program} (python" in str(probe(tmp_path, profile, Options(), []))
+        write_program(program, '#!/bin/sh\necho "started $*"\n')
+        assert probe(tmp_path, profile, Options(), []) is None
+        words = ["bash", "-c", script(tmp_path, profile), "element.sh", "train-1"]
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "0"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        assert done.stdout == f"started -m evaluate.cluster_element {tmp_path} train-1 0\n", done.stderr
 
 
 def test_a_dry_run_prints_its_calls_and_then_names_every_input_that_is_not_here(tmp_path, capsys):

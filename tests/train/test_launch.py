@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from candor.errors import UserError
 from candor.manifest import read_manifest
 from train.launch import asked_for
 from train.sft import main
@@ -45,6 +47,39 @@ def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=clean, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_training_that_asks_for_a_gpu_is_not_moved_to_the_cpu(config_file, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU moves training to the CPU"):
+        main([str(config_file(device="cuda"))])
+
+
+def test_a_job_trains_on_the_cpu_only_where_its_node_has_no_gpu(tmp_path):
+    """Slurm does not count the GPUs of nodes that are given whole; a /dev of its own shows one, or none."""
+    apart = ["unshare", "--mount", "--map-root-user", "bash", "-c"]
+    mount = f"mount -t tmpfs tmpfs {tmp_path}"
+    if subprocess.run([*apart, mount], capture_output=True, check=False).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    (tmp_path / "python").write_text('#!/bin/bash\necho "${ACCELERATE_USE_CPU:-} $*"\n')
+    (tmp_path / "python").chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1", "SLURM_JOB_ID": "1"}
+    slurm["CANDOR_PYTHON"] = str(tmp_path / "python")
+    begin = "mount -t tmpfs tmpfs /dev; {}bash scripts/slurm/launch.sh accelerate.yaml -m train.sft"
+    for counted, there, moved, processes in (
+        ("0", "", True, 2),
+        ("0", "touch /dev/nvidiactl; ", False, 2),
+        ("4", "", False, 8),
+    ):
+        done = run([*apart, begin.format(there)], **slurm, SLURM_GPUS_ON_NODE=counted)
+        assert done.stdout.startswith("true" if moved else " -m"), done.stderr
+        assert f"--num_processes {processes} " in done.stdout
+
+
 @pytest.mark.full
 def test_accelerate_that_silently_starts_one_process_is_refused(tmp_path, config_file):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -65,10 +100,10 @@ def eight_rows(tmp_path_factory, small):
     return small.save_data(tmp_path_factory.mktemp("data"), rows)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "29572"]  # fmt: skip
+              "--main_process_port"]  # fmt: skip
 
 
 @pytest.mark.full
@@ -78,7 +113,7 @@ def test_two_processes_lose_what_one_loses_at_the_same_global_batch(tmp_path, co
     main([str(config_file(data=str(eight_rows), sft=SFT, output_dir=str(tmp_path / "one")))])
     half = {**SFT, "per_device_train_batch_size": 2}
     path = config_file(data=str(eight_rows), sft=half, output_dir=str(tmp_path / "two"), checkpoint_every=2)
-    done = run([*launcher, "train/sft.py", str(path)], ACCELERATE_USE_CPU="true")
+    done = run([*launcher, free_port(), "train/sft.py", str(path)], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     record = read_manifest(tmp_path / "two")
     assert record is not None
@@ -90,8 +125,7 @@ def test_two_processes_lose_what_one_loses_at_the_same_global_batch(tmp_path, co
 
 
 SHARED = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp.yaml",
-          "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "29573",
-          "tests/train/gpus_of_cpus.py"]  # fmt: skip
+          "--num_processes", "2", "--mixed_precision", "no", "--main_process_port"]  # fmt: skip
 
 
 @pytest.mark.full
@@ -103,10 +137,10 @@ def test_a_model_that_processes_share_is_killed_continued_and_proved(tmp_path, c
         main([str(config_file(data=str(eight_rows), sft=SFT, output_dir=str(tmp_path / f"one-{name}"), **changes))])
         more = {"output_dir": str(tmp_path / name), "resume_every": 2, "checkpoint_every": 2, **changes}
         config_file(data=str(eight_rows), sft=half, **more).rename(tmp_path / f"{name}.yaml")
-    paths = [str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
-    killed = run([*SHARED, *paths], ACCELERATE_USE_CPU="true", KILLED_AFTER="3")
+    words = ["tests/train/gpus_of_cpus.py", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
+    killed = run([*SHARED, free_port(), *words], ACCELERATE_USE_CPU="true", KILLED_AFTER="3")
     assert killed.returncode != 0 and not (tmp_path / "first").exists()
-    done = run([*SHARED, *paths], ACCELERATE_USE_CPU="true")
+    done = run([*SHARED, free_port(), *words], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("34 of 34 parameters were shared out") == 2 and "0 of" not in done.stderr
     for name, resumed_at in (("first", 2), ("second", None)):
