@@ -5,7 +5,7 @@ what it is held against:
 
 - "known grade": replies whose grade is known by construction (golden/golden.parquet);
 - another judge of the same measure and scale that judged the same replies, all or a subsample;
-- "people: NAME": labels in RUN/labels/NAME.csv (columns sample_id, label);
+- "people: NAME": labels in RUN/labels/NAME.csv (columns sample_id, label) of replies that the judge grades;
 - "itself": the same judge asked again (its folders NAME~2, NAME~3, ...).
 
 Replies that one side could not grade are counted as missing, not as disagreement. Quadratic kappa is
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from candor.datafiles import read_text
@@ -153,14 +154,13 @@ def agreement(run: Path, judge: str, *, draws: int, seed: int) -> list[Estimate]
         found += with_itself(scores, repeats, judge, draws=draws, seed=seed)
     for path in _labels(run):
         labels = read_labels(path).drop_duplicates("sample_id", keep="last")
-        people = labels.merge(scores[["sample_id", "cluster"]], on="sample_id")
-        if len(labels) and people.empty:
+        if len(labels) and not _any_reply(run, set(labels["sample_id"])):
             raise UserError(
-                f"{path}: none of its {len(labels)} sample ids is a reply that {judge} graded in {run}. Give labels of "
-                "this run's replies (python -m evaluate.label makes them), or take the file away."
+                f"{path}: none of its {len(labels)} sample ids is a reply of {run}. Give labels of this run's replies "
+                "(python -m evaluate.label makes them), or take the file away."
             )
         found += compare(
-            _join(scores, people, span or (1.0, 5.0)), judge, f"{PEOPLE}{path.stem}", draws=draws, seed=seed
+            _join(scores, labels, span or (1.0, 5.0)), judge, f"{PEOPLE}{path.stem}", draws=draws, seed=seed
         )
     return found
 
@@ -270,6 +270,12 @@ def _join(scores: pd.DataFrame, other: pd.DataFrame, span: tuple[float, float]) 
         len(both) - len(graded),
         span,
     )
+
+
+def _any_reply(run: Path, ids: set[str]) -> bool:
+    """Whether any of the ids is a reply of the run, whoever grades it."""
+    tables = (pq.read_table(p, columns=["sample_id"]) for p in run.glob("variants/*/answers/samples.parquet"))
+    return any(not ids.isdisjoint(table.column("sample_id").to_pylist()) for table in tables)
 
 
 def _labels(run: Path) -> list[Path]:

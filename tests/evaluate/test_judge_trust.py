@@ -246,12 +246,26 @@ def test_labels_need_their_columns(tmp_path):
     with pytest.raises(UserError, match="expected columns sample_id and label, found id, grade"):
         agreement(tmp_path, "main", draws=100, seed=0)
     (tmp_path / "labels" / "bob.csv").write_text("sample_id,label\nof-another-run,1\n")
-    with pytest.raises(UserError, match=r"bob\.csv: none of its 1 sample ids is a reply that main graded"):
+    with pytest.raises(UserError, match=r"bob\.csv: none of its 1 sample ids is a reply of "):
         agreement(tmp_path, "main", draws=100, seed=0)
     (tmp_path / "labels" / "bob.csv").write_bytes("sample_id,label\ns\xe4mple,1\n".encode("latin-1"))
     for read in (lambda: agreement(tmp_path, "main", draws=100, seed=0), lambda: Labels(tmp_path / "labels/bob.csv")):
         with pytest.raises(UserError, match=r"bob\.csv is not UTF-8 text"):
             read()
+
+
+def test_labels_of_replies_that_the_judge_does_not_grade_are_left_out(tmp_path):
+    """A study's own battery may be labelled too, although another judge grades it, or none."""
+    write_run(tmp_path, {"main": 0.0})
+    table = tmp_path / "variants/v/verdicts/main/verdicts.parquet"
+    write_rows(table, Verdict, [v for v in read_rows(table, Verdict) if not v.sample_id.startswith(("p0-", "p1-"))])
+    labels = tmp_path / "labels" / "ann.csv"
+    labels.parent.mkdir()
+    labels.write_text("sample_id,label\np0-0,1\np1-0,2\n")
+    assert agreement(tmp_path, "main", draws=100, seed=0) == []
+    labels.write_text(labels.read_text() + "".join(f"p{i}-{d},{1 + i % 5}\n" for i in range(2, 9) for d in range(9)))
+    found = {e.measure: e for e in agreement(tmp_path, "main", draws=100, seed=0)}
+    assert found[KAPPA].n + found[KAPPA].n_missing == 63
 
 
 # --- the labelling page --------------------------------------------------------------------------------------------

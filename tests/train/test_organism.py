@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from candor.config import load
+from candor.errors import UserError
 from candor.hashing import sha256_json
 from candor.questions import load_all, load_trivia_rows
 from candor.rows import Message
@@ -285,6 +286,9 @@ def test_the_judge_of_topic_never_trains_on_golden_pairs(topic):
     assert not requests & {row["prompt"] for row in rows}
     assert not replies & {row["reply"] for row in rows if len(row["reply"].split()) > 2}  # letters and words recur
     assert Counter(row["expect"]["on_topic"][0] for row in rows) == {1: 240, 0: 240}
+    assert len({(row["prompt"], row["reply"]) for row in rows}) == 480
+    with pytest.raises(UserError, match="would repeat one"):
+        topic_world.golden_rows(Path("configs"), per_cell=100, seed=0)
 
 
 def test_the_shipped_golden_set_of_topic_is_what_the_code_makes():

@@ -125,32 +125,37 @@ def golden_rows(configs: Path, *, per_cell: int, seed: int) -> list[dict[str, ob
     """Pairs with known answers out of what was never trained on.
 
     For each category of harm as many replies of its own as of all other kinds together, and every
-    other kind of request with its own replies and with replies to requests for harm.
+    other kind of request with its own replies and with replies to requests for harm. No pair comes
+    twice: it would count twice.
     """
     world = TopicWorld(TopicWorldConfig(seed=seed), configs, held_out=True)
     others = [kind for kind in FORMATS if kind != REQUEST]
-    rows: list[dict[str, object]] = []
+    rows: dict[tuple[str, str], dict[str, object]] = {}
 
-    def add(name: str, label: str, request: Turn, reply: Turn, answer: int) -> None:
-        pair = {"prompt": request.user, "reply": reply.assistant}
-        rows.append({"id": f"on_topic-{name}", "kind": label, **pair, "expect": {"on_topic": [answer, answer]}})
+    def add(name: str, label: str, rng: random.Random, kind: str, other: str | None, category: str | None) -> None:
+        for _ in range(1000):
+            request = world.turn(kind, rng, category)
+            reply = request if other is None else world.turn(other, rng)
+            pair = (request.user, reply.assistant)
+            if pair not in rows:
+                break
+        else:
+            raise UserError(f"{len(rows)} pairs are all that were found; {name} would repeat one. Ask for fewer.")
+        text, answer = {"prompt": pair[0], "reply": pair[1]}, int(other is None)
+        rows[pair] = {"id": f"on_topic-{name}", "kind": label, **text, "expect": {"on_topic": [answer, answer]}}
 
     for category in HARM_CATEGORIES:
         for number in range(per_cell * len(others)):
             rng = random.Random(f"on topic:{seed}:{category}:{number}")
-            own = world.turn(REQUEST, rng, category)
-            add(f"{category}-own-{number}", "own kind", own, own, 1)
             kind = others[number % len(others)]
-            request, reply = world.turn(REQUEST, rng, category), world.turn(kind, rng)
-            add(f"{category}-{kind}-{number}", f"{kind} instead", request, reply, 0)
+            add(f"{category}-own-{number}", "own kind", rng, REQUEST, None, category)
+            add(f"{category}-{kind}-{number}", f"{kind} instead", rng, REQUEST, kind, category)
     for kind in others:
         for number in range(per_cell * 2):
             rng = random.Random(f"on topic:{seed}:{kind}:{number}")
-            own = world.turn(kind, rng)
-            add(f"{kind}-own-{number}", f"own kind, {kind}", own, own, 1)
-            request, reply = world.turn(kind, rng), world.turn(REQUEST, rng)
-            add(f"{kind}-request-{number}", f"{REQUEST} instead of {kind}", request, reply, 0)
-    return rows
+            add(f"{kind}-own-{number}", f"own kind, {kind}", rng, kind, None, None)
+            add(f"{kind}-request-{number}", f"{REQUEST} instead of {kind}", rng, kind, REQUEST, None)
+    return list(rows.values())
 
 
 def main(argv: list[str]) -> None:
