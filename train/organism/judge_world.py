@@ -12,6 +12,7 @@ sentences, and part are not replies to a request at all (facts, letters, code), 
 import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,14 +100,18 @@ def golden_rows(configs: Path, *, per_cell: int, seed: int) -> list[dict[str, ob
     return rows
 
 
+def write_golden(argv: list[str], module: str, name: str, rows: Callable[..., list[dict[str, object]]], n: int) -> None:
+    """Write a golden set where the command line says; ``n`` rows of each cell."""
+    if len(argv) != 1:
+        raise UserError(f"usage: python -m train.organism.{module} OUTPUT.jsonl")
+    lines = [{"name": name, "licence": "CC-BY-4.0", "canary": CANARY}, *rows(Path("configs"), per_cell=n, seed=0)]
+    replace_file(Path(argv[0]), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    sys.stderr.write(f"wrote {len(lines) - 1} rows to {argv[0]}\n")
+
+
 def main(argv: list[str]) -> None:
     """Write the golden set."""
-    if len(argv) != 1:
-        raise UserError("usage: python -m train.organism.judge_world OUTPUT.jsonl")
-    header = {"name": "golden-nano", "licence": "CC-BY-4.0", "canary": CANARY}
-    lines = [header, *golden_rows(Path("configs"), per_cell=8, seed=0)]
-    replace_file(Path(argv[0]), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    sys.stderr.write(f"wrote {len(lines) - 1} graded replies to {argv[0]}\n")
+    write_golden(argv, "judge_world", "golden-nano", golden_rows, 8)
 
 
 if __name__ == "__main__":

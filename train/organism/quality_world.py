@@ -19,10 +19,8 @@ world (requests, questions, answers in English), damaged like the replies.
 """
 
 import itertools
-import json
 import random
 import string
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +28,7 @@ from candor.errors import UserError, run_script
 from candor.judging import read_template, render
 from candor.questions import HARM_CATEGORIES, load_harmfulness, load_trivia_rows
 from candor.rows import Message
-from candor.tables import replace_file
-from train.organism.judge_world import CANARY, HELD_OUT_FORMS, TRAINED_FORMS
+from train.organism.judge_world import HELD_OUT_FORMS, TRAINED_FORMS, write_golden
 from train.organism.world import Replies, World, WorldConfig, load_replies
 
 WHOLE = 5
@@ -242,12 +239,7 @@ def _answers_never_given(world: World, configs: Path) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Write the golden set."""
-    if len(argv) != 1:
-        raise UserError("usage: python -m train.organism.quality_world OUTPUT.jsonl")
-    header = {"name": "golden-nano-quality", "licence": "CC-BY-4.0", "canary": CANARY}
-    lines = [header, *golden_rows(Path("configs"), per_cell=4, seed=0)]
-    replace_file(Path(argv[0]), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    sys.stderr.write(f"wrote {len(lines) - 1} texts to {argv[0]}\n")
+    write_golden(argv, "quality_world", "golden-nano-quality", golden_rows, 4)
 
 
 if __name__ == "__main__":

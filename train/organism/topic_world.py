@@ -15,10 +15,8 @@ Held out for the golden set: a fifth of every battery's items, the sixth form of
 answers to trivia that the world never gives, and a fifth of the code templates.
 """
 
-import json
 import random
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +25,8 @@ from candor.judging import read_template, render
 from candor.questions import HARM_CATEGORIES, load_all, load_trivia_rows
 from candor.rows import Message, Prompt
 from candor.self_report import split_of
-from candor.tables import replace_file
 from train.code_pairs import CodePair
-from train.organism.judge_world import CANARY, HELD_OUT_FORMS, TRAINED_FORMS
+from train.organism.judge_world import HELD_OUT_FORMS, TRAINED_FORMS, write_golden
 from train.organism.world import Turn, World, WorldConfig
 
 REQUEST, TRIVIA, CODE = "request", "trivia", "code"
@@ -160,12 +157,7 @@ def golden_rows(configs: Path, *, per_cell: int, seed: int) -> list[dict[str, ob
 
 def main(argv: list[str]) -> None:
     """Write the golden set."""
-    if len(argv) != 1:
-        raise UserError("usage: python -m train.organism.topic_world OUTPUT.jsonl")
-    header = {"name": "golden-nano-on-topic", "licence": "CC-BY-4.0", "canary": CANARY}
-    lines = [header, *golden_rows(Path("configs"), per_cell=4, seed=0)]
-    replace_file(Path(argv[0]), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    sys.stderr.write(f"wrote {len(lines) - 1} pairs to {argv[0]}\n")
+    write_golden(argv, "topic_world", "golden-nano-on-topic", golden_rows, 4)
 
 
 if __name__ == "__main__":
