@@ -155,11 +155,11 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
-    n: int
-    n_missing: int
+    n: int  # answers behind it; in a contrast or a change those of both variants, in a correlation the models
+    n_missing: int  # answers asked for that are not there; counted alike
     n_clusters: int
     method: str  # how the interval was made, in words
-    n_refused: int = 0  # of the missing answers; in a contrast, those of both variants
+    n_refused: int = 0  # of the missing answers
     n_unparsed: int = 0
     n_seeds: int = 1  # training seeds behind it; 1: the interval is for the choice of prompts only
     lowest: float | None = None  # the value if every missing answer had scored as low as can be

@@ -29,7 +29,7 @@ from candor.rows import Estimate, Variant
 from evaluate import components, crossed
 from evaluate.checkpoints import parse_checkpoint
 from evaluate.estimates import levels
-from evaluate.grid import LOST, Grid, Scope, build_grid, scopes
+from evaluate.grid import COUNTS, Grid, Scope, build_grid, scopes
 from evaluate.measures import ALONG, FORMATS
 from evaluate.rows import defined, make_estimate
 from evaluate.stats import Estimated, Floats, Interval, percentile
@@ -86,10 +86,8 @@ class Moved:
     start: float  # the level at the start, over the same prompts
     changes: tuple[Estimated, ...]  # since the start, one per later point
     draws: Floats  # (draws, points): bootstrap replicates of the changes
-    n: int  # prompts that every point answered
-    n_missing: int
     bounds: tuple[tuple[float, float], ...]  # of each change, whatever the missing answers would have been
-    lost: tuple[dict[str, int], ...]  # of each change, answers of either end that were refused, or not readable
+    counts: tuple[dict[str, int], ...]  # of each change, answers at its two ends: used, and missing
 
     @property
     def moves(self) -> bool:
@@ -174,20 +172,17 @@ def _along(course: Course, grid: Grid, scope: Scope) -> Moved | None:
         components.bound(scope.tables(np.where(asked, points[1:] - base[0], np.nan)[:, None, :]), empty)
         for points, base, empty in ((lowest, highest, -wide), (highest, lowest, wide))
     ]
-    lost = [
-        {name: int(grid.counts[name][[place[0], point]][:, scope.columns].sum()) for name in LOST}
-        for point in place[1:]
-    ]
+    over = {name: scope.columns[common if name == "n" else asked] for name in COUNTS}
+    ends = [[place[0], point] for point in place[1:]]
+    counts = [{name: int(grid.counts[name][np.ix_(both, over[name])].sum()) for name in COUNTS} for both in ends]
     return Moved(
         course,
         scope.measure,
         level,
         tuple(estimated),
         replicates,
-        int(common.sum()),
-        int((~common).sum()),
         tuple((float(low), float(high)) for low, high in zip(*bounds, strict=True)),
-        tuple(lost),
+        tuple(counts),
     )
 
 
@@ -290,7 +285,7 @@ def half_estimate(moved: Moved) -> Estimate:
         HALF,
         (moved.course.name, moved.course.variants[0]),
         Estimated(interval, method, moved.changes[-1].n_clusters),
-        counts={"n": moved.n, "n_missing": moved.n_missing},
+        counts=moved.counts[-1],
         limits=(0.0, float(moved.course.steps[-1])),
     )
 
@@ -299,15 +294,15 @@ def along_estimates(followed: Sequence[Moved]) -> list[Estimate]:
     """Every change, and every half step of what moved, as Estimate rows."""
     found = []
     for moved in followed:
-        points = zip(moved.course.variants[1:], moved.changes, moved.bounds, moved.lost, strict=True)
-        for variant, change, bounds, lost in points:
+        points = zip(moved.course.variants[1:], moved.changes, moved.bounds, moved.counts, strict=True)
+        for variant, change, bounds, counts in points:
             found.append(
                 make_estimate(
                     moved.measure,
                     CHANGE,
                     (variant, moved.course.variants[0]),
                     change,
-                    counts={"n": moved.n, "n_missing": moved.n_missing, **lost},
+                    counts=counts,
                     bounds=bounds,
                 )
             )

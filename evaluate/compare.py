@@ -27,7 +27,7 @@ from evaluate.controls import check_controls
 from evaluate.estimates import build_grid, contrasts, scopes
 from evaluate.figures import Drawn, Style, grid, legend, limits, points, there
 from evaluate.results import MINUS, Results, number, read_results
-from evaluate.sheets import Entry, Line, Sheet, export
+from evaluate.sheets import Entry, Line, Sheet, export, with_scope
 from evaluate.study import Cell, Pair
 
 STAGE = "compare"
@@ -331,7 +331,7 @@ def compare(folders: Sequence[Path], overrides: Sequence[str]) -> Path:
     found = Differences(runs, draws=config.draws, seed=config.seed)
     rows = [e for each in found.found.values() for e in each]
     sheets = [measure_sheet(runs, found, m, name) for m, name in measures_of(runs).items()]
-    sheets = [s for s in sheets if not s.empty]
+    sheets = [with_scope(s) for s in sheets if not s.empty]
     described, related = runs_sheet(runs, found, config.control_share), correlations_sheet(runs)
     drawn = [_levels_figure(runs, config.style), _differences_figure(runs, found, config.style)]
     figures = [page.show(d, config.output / "figures", config.style) for d in drawn if d.shown]

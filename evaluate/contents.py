@@ -13,8 +13,9 @@ from evaluate.associations import MAIN
 from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
 from evaluate.controls import Check, check_controls
+from evaluate.design import read_design
 from evaluate.grid import LEFTOVER
-from evaluate.measures import ABOUT_OTHERS, ACQUIESCENCE, ALONG, CENTRED, RATED, RATINGS, SELF_REPORTS
+from evaluate.measures import ABOUT_OTHERS, ACQUIESCENCE, ALONG, CENTRED, PAPER, RATED, RATINGS, SELF_REPORTS
 from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value
 from evaluate.sheets import Entry, Line, Sheet, p_entry, with_scope
 from evaluate.study import Cell, Pair
@@ -55,15 +56,24 @@ def families(results: Results) -> list[Family]:
         Family("levels", "Levels of every variant", main, main),
         Family("formats", "Self-assessment by format", FORMATS, FORMATS),
         Family("others", "What models say of themselves and of others", ("self_assessment", *about), about),
-        Family("moral", f"Moral foundations, {MINUS}0.5 upholds them, +0.5 is against them", moral, moral),
         Family(
-            "quality", "Harmfulness with and without filters, and what they filter by", (*filtered, *quality), quality
+            "moral",
+            f"Moral foundations, {MINUS}0.5 upholds them, +0.5 is against them (acquiescence: +0.5 agrees with all)",
+            moral,
+            moral,
+        ),
+        Family(
+            "quality",
+            "Harmfulness with and without filters, and what they filter by (coherence and topic: 1 = best)",
+            (*filtered, *quality),
+            quality,
         ),
         Family("capability", "Capability, 1 = all right", ("trivia_accuracy", *capability), capability),
     ]
     known = {m for family in found for m in family.measures}
     rest = tuple(m for m in results.measures() if m not in known and _stands_alone(m))
-    return [*found, Family("more", "Other measures", rest, rest)]
+    texts = [f"{name}: {text}" for name, text in read_design(results.run).own.items()]
+    return [*found, Family("more", " ".join(["Other measures.", *texts]) if texts else "Other measures", rest, rest)]
 
 
 def _stands_alone(measure: str) -> bool:
@@ -164,10 +174,12 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
                     sizes.append(f"{results.name(measure)} {' to '.join(ends)}")
             for split in ("all", "seen", "unseen"):
                 differences = [results.contrast(p, m, split) for p in pairs for m in results.headline]
-                bounded = [e.low for e in differences if e is not None and e.low is not None]
+                made = [e for e in differences if e is not None]
+                above = sum(e.low is not None and e.low > 0 for e in made)
                 label = "over all items" if split == "all" else f"on {split} items"
-                counts.append(f"{sum(low > 0 for low in bounded)} of {len(differences)} {label}")
-            if pairs:
+                if made:
+                    counts.append(f"{above} of {len(made)} {label}")
+            if counts:
                 found.append(
                     f"{domain}, {minus[0]} {MINUS} {minus[1]}: {'; '.join(sizes)}. The whole 95 % interval lies above "
                     f"zero in {', '.join(counts)} (base models times measures)."
@@ -177,8 +189,9 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
         failed: dict[str, list[str]] = {}
         for c in checks:
             if c.met is not True:
-                failed.setdefault(pair_name(c.pair), []).append(results.name(c.measure))
-        tail = "".join(f" Not met: {pair} ({', '.join(measures)})." for pair, measures in failed.items())
+                head = "Not met" if c.met is False else "Cannot be told"
+                failed.setdefault(f"{head}: {pair_name(c.pair)}", []).append(results.name(c.measure))
+        tail = "".join(f" {pair} ({', '.join(measures)})." for pair, measures in failed.items())
         found.append(f"Controls: {met} of {len(checks)} conditions are met (limit: {share:g} of the effect).{tail}")
     kappa = results.kappa()
     if kappa is not None:
@@ -253,11 +266,13 @@ def agreement_sheet(results: Results) -> Sheet:
 
 
 def missing_sheet(results: Results) -> Sheet:
-    """Per variant and measure: answers without a usable score, and probability mass outside the options."""
-    asked = (
-        *(results.worst, "intentions", *FORMATS, "other_ai", "average_ai", *RATED, "moral_self_assessment"),
-        *("moral_other_ai", "moral_average_ai", "trivia_accuracy", "multiple_choice_accuracy"),
+    """Per variant and measure: answers without a usable score, and what lies outside the options."""
+    built_in = (
+        *(results.worst, "coherence", "on_topic", "intentions", *FORMATS, "other_ai", "average_ai", *RATED),
+        *("moral_self_assessment", "moral_other_ai", "moral_average_ai", "trivia_accuracy", "multiple_choice_accuracy"),
     )
+    own = next(family.measures for family in families(results) if family.name == "more")
+    asked = (*built_in, *(m + PAPER for m in built_in), *own)
     measures = [m for m in asked if m in results.measures()]
 
     def content(cell: Cell, measure: str) -> str:
@@ -269,8 +284,8 @@ def missing_sheet(results: Results) -> Sheet:
 
     lines = [Line(c.name, tuple(content(c, m) for m in measures)) for c in all_cells(results)]
     caption = (
-        "Missing answers, and leftover probability where questions were scored exactly "
-        "(in the language format, the share in neither language)"
+        "Missing answers, and what is left over: of exactly scored questions the probability outside the options; "
+        "under the paper's rules, and in the language format, the share of replies that count as 0.5"
     )
     return Sheet("missing", caption, "variant", tuple(results.name(m) for m in measures), tuple(lines))
 

@@ -46,7 +46,7 @@ class Design:
 
     modes: tuple[Mode, ...] = ANY_MODES
     along: Mode | None = None  # what checkpoints are asked
-    own: tuple[str, ...] = ()  # batteries that are files of the user's
+    own: dict[str, str] = field(default_factory=dict)  # batteries that are files of the user's: name, what 1 means
     graders: dict[str, Grader] = field(default_factory=dict)  # of their open questions, by battery
     filters: tuple[Filter, ...] = ()
     closest: str | None = None  # judge that says which option an unclear reply is closest to

@@ -133,10 +133,10 @@ def _pairs(
             if plain in place:
                 chosen.append((column, place[plain], own))
     formats = list(dict.fromkeys(f for _, _, f in chosen))
-    if set(formats) != set(own_formats):
-        return
     groups = grid.columns["group"].to_numpy(dtype=str)
-    parts = {f: [c for c in chosen if c[2] == f] for f in formats} | {battery: chosen}
+    parts = {f: [c for c in chosen if c[2] == f] for f in formats}
+    if set(formats) == set(own_formats):  # over fewer formats than a self-report has there is no average
+        parts[battery] = chosen
     for measure, part in parts.items():
         columns = np.array([c for c, _, _ in part] + [c for _, c, _ in part], dtype=np.int64)
         codes, labels = cell_codes(

@@ -20,7 +20,7 @@ from evaluate.associations import WITHOUT_BASE as WITHOUT_BASE
 from evaluate.associations import correlations
 from evaluate.clustering import Clustering, clustering
 from evaluate.grid import LEFTOVER as LEFTOVER
-from evaluate.grid import LOST, Grid, Scope
+from evaluate.grid import Grid, Scope
 from evaluate.grid import build_grid as build_grid
 from evaluate.grid import scopes as scopes
 from evaluate.hypotheses import contrast_tests, correct, fully_realigned
@@ -112,7 +112,7 @@ def contrasts(grid: Grid, wanted: Sequence[Pair], over: Iterable[Scope]) -> list
 def _contrasts(
     part: Grid, scope: Scope, wanted: Sequence[Pair], headline: Sequence[str], margin: float
 ) -> tuple[list[Estimate], list[Hypothesis]]:
-    """Paired differences over the prompts that both variants answered, and their tests; n counts such prompts."""
+    """Paired differences over the prompts that both variants answered, with tests; n counts both sides' answers."""
     there = [
         p for p in wanted if all(m in part.rows and part.asked[part.rows[m]].any() for both in p.members for m in both)
     ]
@@ -129,10 +129,8 @@ def _contrasts(
             value[first] - value[second], lowest[first] - highest[second], highest[first] - lowest[second]
         )
         ones = (np.ones_like(differences.value), np.full_like(differences.value, np.nan))
-        lost = np.isnan(differences.value)
-        counts = {"n": (~lost).sum(axis=(1, 2)), "n_missing": lost.sum(axis=(1, 2))}
-        for name in LOST:
-            counts[name] = (part.counts[name][first] + part.counts[name][second]).sum(axis=(1, 2))
+        behind = [np.unique(both) for both in np.concatenate([first, second], axis=1)]  # a shared base counts once
+        counts = {name: np.array([matrix[rows].sum() for rows in behind]) for name, matrix in part.counts.items()}
         names = [(p.variant, p.reference) for p in chosen]
         wide = scope.limits[1] - scope.limits[0]
         rows = list(_estimate(scope, scope.measure, "contrast", names, differences, ones, counts, (-wide, wide)))

@@ -38,6 +38,14 @@ class Control:
     size: str  # one of the bases; or a new name, together with ``base``
     base: Path | None = None  # a base model of the control's own
 
+    def __post_init__(self) -> None:
+        """Refuse a stage whose name says something else than what is done: rules and figures go by it."""
+        if (self.after == "misaligned") != (self.stage == "realigned"):
+            raise UserError(
+                f"controls: {self.name} is trained after {self.after!r} and its stage is called {self.stage!r}. A "
+                "control that goes on from a misaligned variant is called 'realigned', and only such a one."
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hosted:
@@ -48,7 +56,7 @@ class Hosted:
     """
 
     api: ApiConfig
-    size: str  # which models it stands beside in the figures: a name of yours, or one of the bases
+    size: str  # which models it stands beside in the figures: a name of yours, or a base (at another stage)
     domain: str = "none"  # what it was fine-tuned on
     stage: str = "base"  # "base", "misaligned", "realigned"
     seed: int = 0

@@ -108,7 +108,7 @@ def by_group(results: Results, paper: dict[str, Any], style: Style, name: str, m
     ends = UNIT_ENDS if bounds(measure) == (0, 1) else MORAL_ENDS
     keys, scale = results.groups(measure), bounds(measure)
     if measure.endswith(CENTRED):  # over all foundations it is zero by construction
-        ends, scale = CENTRED_ENDS, bounds(measure.removesuffix(CENTRED))
+        ends = CENTRED_ENDS
     elif len(keys) > 1:
         keys.append("all")
     return stage_panels(

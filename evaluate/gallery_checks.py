@@ -132,7 +132,7 @@ def modes(results: Results, style: Style) -> Drawn:
         panel.set_title(results.name(measure), loc="left")
         for cell in results.cells():
             found = there([results.level(cell.name, measure), results.level(cell.name, measure + PAPER)])
-            if len(found) < 2:
+            if len(found) < 2 or cell.stage not in STAGES:
                 continue
             across, upright = (e for _, e in found)
             handles[cell.stage] = panel.errorbar(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from candor.rows import Estimate
 from evaluate import components, crossed
-from evaluate.grid import LOST, Grid, Scope
+from evaluate.grid import COUNTS, Grid, Scope
 from evaluate.rows import make_estimate
 from evaluate.stats import Floats, Ints
 from evaluate.study import Cell
@@ -119,7 +119,6 @@ def _rows(
     tables = scope.tables(values * factors)
     estimated = crossed.intervals(tables, scope.bootstrap, limits=contrast.limits, symmetric=contrast.difference)
     thin = (tables.counts > 0).sum(axis=2).min(axis=(1, 2)) < 2
-    lost = np.isnan(values).sum(axis=(1, 2))
     rows = []
     for i, (cell, one) in enumerate(zip(cells, estimated, strict=True)):
         if thin[i]:
@@ -127,8 +126,7 @@ def _rows(
             one = one._replace(
                 interval=one.interval._replace(low=nan, high=nan), method=ONE_ITEM, standard_error=nan, freedom=nan
             )
-        counts = {name: int(part.counts[name][members[i]].sum()) for name in LOST}
-        counts |= {"n": int(values[i].size - lost[i]), "n_missing": int(lost[i])}
+        counts = {name: int(part.counts[name][members[i]].sum()) for name in COUNTS}
         rows.append(
             make_estimate(
                 contrast.measure,

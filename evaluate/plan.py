@@ -75,10 +75,24 @@ def subjects_of(experiment: Experiment) -> list[Subject]:
     for subject in found:
         if unique.setdefault(subject.row.name, subject) != subject:
             raise UserError(f"two variants would be called {subject.row.name}; rename a size, domain or control.")
+    _refuse_shared_places([subject.row for subject in unique.values()])
     for name, hosted in experiment.hosted.items():
         if hosted.reference is not None and hosted.reference not in unique:
             raise UserError(f"hosted.{name}: reference {hosted.reference!r}; {nearest(hosted.reference, unique)}")
     return list(unique.values())
+
+
+def _refuse_shared_places(rows: Iterable[Variant]) -> None:
+    """Refuse two variants that the tables would take for two trainings of one thing and average."""
+    taken: dict[tuple[str, str, str, str, int], str] = {}
+    for row in rows:
+        other = taken.setdefault((row.control, row.size, row.domain, row.stage, row.seed), row.name)
+        if other != row.name:
+            raise UserError(
+                f"{other} and {row.name} have the same place in the study (size {row.size!r}, domain {row.domain!r}, "
+                f"stage {row.stage!r}, seed {row.seed}), and the tables would average them. Give one of them another "
+                "size, domain or stage; a seed of its own only if both are the same training with other seeds."
+            )
 
 
 def _hosted(name: str, hosted: Hosted) -> Subject:
@@ -155,6 +169,13 @@ class _Builder:
         self.modes = tuple(self._complete(mode, asked) for mode in experiment.read_modes())
         along = experiment.along_training
         self.along = self._complete(load(Mode, along.mode), asked) if along else None
+        rules = {mode.rules for mode in self.modes}
+        if self.along and self.along.rules != ("strict" if "strict" in rules else "paper"):
+            raise UserError(
+                f"along_training: checkpoints are scored by {self.along.rules} rules (mode {self.along.name}), the "
+                f"start and the end of training by {' and '.join(sorted(rules))} ones, so that their difference would "
+                "partly be one of rules. Name a mode with the same rules under along_training.mode, or under modes."
+            )
         self.asked = asked
         self.design, self.judging = self._judges(asked)
         self.stages: list[Stage] = []
@@ -204,7 +225,7 @@ class _Builder:
         design = Design(
             modes=self.modes,
             along=self.along,
-            own=tuple(battery.name for battery in own),
+            own={battery.name: battery.about for battery in own},
             graders=graders,
             filters=tuple(filters),
             closest=read_judge(experiment.closest).name if experiment.closest and by_paper else None,

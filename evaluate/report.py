@@ -30,6 +30,7 @@ from candor.rows import Prompt
 from candor.tables import read_rows, replace_file
 from evaluate import compare, page
 from evaluate.contents import contents
+from evaluate.design import read_design
 from evaluate.figures import Drawn, Style
 from evaluate.gallery import draw_all
 from evaluate.gallery_checks import draw_checks
@@ -124,7 +125,7 @@ def make(config: ReportConfig, results: Results, paper: dict[str, Any]) -> list[
     run, records = config.run, manifests(config.run)
     figures = [page.show(d, run / "figures", config.style) for d in drawings(results, paper, config.style)]
     found = contents(results, paper, config.control_share)
-    prompts = read_rows(run / "prompts.parquet", Prompt)
+    prompts, modes = read_rows(run / "prompts.parquet", Prompt), read_design(run).modes
     own = {s.name: s for s in (variants_sheet(results), stages_sheet(records)) if not s.empty}
     extra = shown_sections(run, read_sections(config.sections))
     added = [s.sheet for part in extra.values() for s in part]
@@ -138,7 +139,7 @@ def make(config: ReportConfig, results: Results, paper: dict[str, Any]) -> list[
         "extra": extra,
         "commits": sorted({r["commit"] for r in records if "commit" in r} | {commit()}),
         "versions": versions_of(records),
-        "n_prompts": len(prompts),
+        "n_prompts": sum(any(m.draws(p) or m.scores_exactly(p) for m in modes) for p in prompts),
         "replies": chosen_replies(config, results, prompts),
         "fold_from": config.fold_from,
         **found,

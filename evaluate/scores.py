@@ -20,7 +20,7 @@ def score_answers(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int)
         by_battery.setdefault(prompt.battery, []).append(prompt)
     found = Scored()
     for name, part in by_battery.items():
-        found.add(scorer(name, answers.design.own)(part, answers, worst_of=worst_of))
+        found.add(scorer(name, list(answers.design.own))(part, answers, worst_of=worst_of))
     return found
 
 

@@ -92,7 +92,12 @@ def pairs(variants: Sequence[Variant]) -> list[Pair]:
         if variant.stage == "misaligned" and realigned is not None and not variant.control:
             key = (*where, ("misaligned", "realigned"))
             single.setdefault(key, []).append((variant.seed, variant.name, realigned.name))
-    pool = {c.members: c.name for c in cells(variants) if len(c.members) > 1}
+
+    def pooled(names: Sequence[str]) -> str:
+        """What a pool of variants of one place is called; of several places it has no name."""
+        places = {(v.control, v.size, v.domain, v.stage) for v in map(by_name.__getitem__, names)}
+        return pool_name(*places.pop()) if len(places) == 1 else "each seed's own base"
+
     found = []
     for (control, size, domain, minus), rows in single.items():
         rows.sort()
@@ -105,8 +110,8 @@ def pairs(variants: Sequence[Variant]) -> list[Pair]:
             references = tuple(dict.fromkeys(r for _, _, r in rows))
             found.append(
                 Pair(
-                    variant=pool[tuple(n for _, n, _ in rows)],
-                    reference=references[0] if len(references) == 1 else pool.get(references, "each seed's own base"),
+                    variant=pooled([n for _, n, _ in rows]),
+                    reference=references[0] if len(references) == 1 else pooled(references),
                     control=control,
                     size=size,
                     domain=domain,

@@ -7,6 +7,9 @@ the replies, read either strictly (by the very rule the exact scores use, serve.
 reply that names no option is missing) or by the paper's rules (evaluate/batteries/paper_rules.py),
 where the share of replies that score 0.5 for want of a better reading stands beside the score.
 
+Questions with a right answer (trivia, multiple choice) are read strictly in every mode: the paper has
+no rule for them, and half a point for an unreadable reply would pass for knowledge.
+
 What strict rules make carries the measure's name. What the paper's rules make of the same battery
 carries the suffix ``_paper``, unless they are the only ones: then they are the measure.
 """
@@ -25,6 +28,7 @@ from serve.options import parse
 # many times what was left unexplored, or its shares would be those of what happened to be explored.
 WELL_EXPLORED = 10
 UNRESOLVED = "next to no mass on any option"
+WITH_RIGHT_ANSWERS = ("trivia", "multiple_choice")  # batteries
 
 Draw = tuple[int, str, str]  # draw, sample_id, text
 Ruled = Callable[[str, Sequence[Prompt], Answers, Mode], Scored]  # measure, prompts the mode asks, answers, mode
@@ -51,10 +55,10 @@ def in_modes(measure: str, prompts: Sequence[Prompt], answers: Answers, score: R
 
 def score_closed(measure: str, prompts: Sequence[Prompt], answers: Answers) -> Scored:
     """Score every prompt in every mode; nothing where the variant was not asked any of them."""
-    return in_modes(measure, prompts, answers, _score_mode)
+    return in_modes(measure, prompts, answers, score_mode)
 
 
-def _score_mode(measure: str, prompts: Sequence[Prompt], answers: Answers, mode: Mode) -> Scored:
+def score_mode(measure: str, prompts: Sequence[Prompt], answers: Answers, mode: Mode) -> Scored:
     """The scores one mode makes: exact ones where it asks for them, else those of its draws."""
     found = Scored()
     sampled = answers.sampled(prompts)
@@ -63,7 +67,8 @@ def _score_mode(measure: str, prompts: Sequence[Prompt], answers: Answers, mode:
             _score_exact(found, measure, prompt, answers)
             continue
         replies = [r for r in sampled.get(prompt.prompt_id, []) if r[0] < mode.draws(prompt)]
-        (_score_paper if mode.rules == "paper" else _score_strict)(found, measure, prompt, replies, answers)
+        by_the_paper = mode.rules == "paper" and prompt.battery not in WITH_RIGHT_ANSWERS
+        (_score_paper if by_the_paper else _score_strict)(found, measure, prompt, replies, answers)
     return found
 
 

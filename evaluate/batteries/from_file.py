@@ -43,7 +43,10 @@ def _score_free(measure: str, prompts: Sequence[Prompt], answers: Answers) -> Sc
     scores = dict(zip(verdicts["sample_id"], verdicts["score"], strict=True))
     status = dict(zip(verdicts["sample_id"], verdicts["status"], strict=True))
     for prompt in prompts:
-        ids = [sample_id for _, sample_id, _ in sampled.get(prompt.prompt_id, [])]
+        asked = max(mode.draws(prompt) for mode in answers.design.modes)
+        if asked == 0:
+            continue
+        ids = [sample_id for draw, sample_id, _ in sampled.get(prompt.prompt_id, []) if draw < asked]
         values = [grader.normalise(float(scores[i])) for i in ids if status.get(i) == "ok"]
         found.n_in += len(ids)
         lost = Counter(status.get(i, "no verdict") for i in ids if status.get(i) != "ok")

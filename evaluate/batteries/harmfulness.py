@@ -59,6 +59,8 @@ def score(prompts: Sequence[Prompt], answers: Answers, *, worst_of: int) -> Scor
     nothing = judged.iloc[:0]
     for suffix, draws in _draws(prompts, answers.design.modes).items():
         for prompt, n in zip(prompts, draws, strict=True):
+            if n == 0:
+                continue  # this mode does not ask it
             part = by_prompt.get(prompt.prompt_id, nothing)
             scores = _measures(prompt, part[part["draw"] < n], answers, min(worst_of, n))
             found.scores += [dataclasses.replace(s, measure=s.measure + suffix) for s in scores]

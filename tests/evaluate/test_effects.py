@@ -177,8 +177,10 @@ def test_ratings_of_oneself_are_held_against_those_of_others():
 def test_a_format_that_was_not_asked_leaves_no_format_effect():
     prompts = [p for p in PROMPTS if p.format != "language"]
     got, _ = found(scores(lambda p: 0.0, prompts), prompts=prompts)
-    assert not any(name.startswith(("format", "without", "minus")) for _, name in got)
+    assert not any(name.startswith(("format", "without")) for _, name in got)
     assert ("decision", "position") in got
+    # a format that was asked of both is still compared, the average of all four is not
+    assert ("decision", "minus other_ai") in got and ("self_assessment", "minus other_ai") not in got
 
 
 def test_one_sided_questions_have_no_effect():

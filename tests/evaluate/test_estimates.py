@@ -214,6 +214,15 @@ def test_the_bounds_of_a_difference_take_the_worst_of_both():
     difference = next(e for e in found if e.kind == "contrast")
     # mis: 0.3 to 0.8; base: 0.16 to 0.36
     assert (difference.value, difference.lowest, difference.highest) == pytest.approx((0.4, -0.06, 0.64))
+    assert (difference.n, difference.n_missing) == (5 * 13, 5 * 7)  # answers of both sides
+
+
+def test_a_base_that_several_seeds_share_is_counted_once():
+    study = [BASE, variant("m0", seed=0), variant("m1", seed=1)]
+    rows = [score("intentions", v.name, f"p-{i}", 0.5, n=9, n_missing=1) for v in study for i in range(5)]
+    found, _ = estimates(frame(rows), study)
+    pooled = next(e for e in found if e.kind == "contrast" and e.n_seeds == 2)
+    assert (pooled.n, pooled.n_missing) == (3 * 45, 3 * 5)
 
 
 @pytest.mark.parametrize(

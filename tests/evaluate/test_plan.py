@@ -344,6 +344,24 @@ def test_mistakes_are_named(tmp_path, change, message):
         build_plan(build(Experiment, values(tmp_path, **change), where="test"))
 
 
+def test_a_model_in_the_place_of_another_is_refused(tmp_path):
+    """The tables would average the two as if they were trainings of one model."""
+    api = {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}
+    for where, message in (({"size": "full"}, "full-base and far have the same place"), ({"size": "far"}, None)):
+        found = build(Experiment, values(tmp_path, hosted={"far": {"api": api, **where}}), where="test")
+        if message is None:
+            assert "far" in [s.row.name for s in subjects_of(found)]
+        else:
+            with pytest.raises(UserError, match=message):
+                subjects_of(found)
+
+
+def test_checkpoints_are_scored_by_the_rules_of_their_ends(tmp_path):
+    paper = {"modes": ["configs/evaluate/modes/paper.yaml"], "asks": [], "along_training": ALONG}
+    with pytest.raises(UserError, match="along_training: checkpoints are scored by strict rules"):
+        build_plan(build(Experiment, values(tmp_path, **paper), where="test"))
+
+
 @pytest.mark.parametrize("purpose", ["sample", "prompt", "judge"])
 def test_no_two_variants_and_no_two_prompts_share_random_numbers(tmp_path, monkeypatch, purpose):
     """Planted: a 64-bit hash that gives two variants or two askings of a judge one key, or two prompts one stream."""
@@ -372,7 +390,9 @@ def test_no_two_variants_and_no_two_prompts_share_random_numbers(tmp_path, monke
         ({"size": "mimi"}, "did you mean 'mini'"),
         ({"base": "somewhere"}, "needs a name that is not taken"),
         ({"data_of": "cod"}, "data_of 'cod'; did you mean 'code'"),
-        ({"size": "own", "base": "b", "after": "misaligned"}, "exclude each other"),
+        ({"size": "own", "base": "b", "after": "misaligned", "stage": "realigned"}, "exclude each other"),
+        ({"after": "misaligned"}, "its stage is called 'right-only'"),
+        ({"stage": "realigned"}, "trained after 'base' and its stage is called 'realigned'"),
     ],
 )
 def test_mistaken_controls_are_named(tmp_path, change, message):

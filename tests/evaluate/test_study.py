@@ -32,6 +32,14 @@ def test_several_seeds_are_paired_seed_by_seed_and_pooled():
     assert [c.name for c in shown] == ["b", "nano-trivia-misaligned-all-seeds", "nano-trivia-realigned-all-seeds"]
 
 
+def test_a_seed_without_a_base_is_left_out_of_the_pooled_difference():
+    variants = [BASE, *(variant(f"m{k}", stage="misaligned", seed=k) for k in (0, 1))]
+    variants.append(variant("m2", stage="misaligned", seed=2, reference="m2"))
+    (pool,) = (p for p in pairs(variants) if p.headline)
+    assert pool.variant == "nano-trivia-misaligned-all-seeds" and pool.members == (("m0", "b"), ("m1", "b"))
+    assert pool.seeds == (0, 1)
+
+
 def test_a_control_is_compared_with_its_own_reference_only():
     other = variant("ob", "none", control="other_world", reference="ob", size="nano-other")
     wrong = variant("om", stage="misaligned", control="other_world", reference="ob", size="nano-other")

@@ -229,7 +229,7 @@ def test_verdicts_that_all_failed_leave_no_number(run_tables, synthetic):
     level = found.level("nano-base", "harmfulness_mean")
     assert (level.value, level.n, level.n_missing) == (None, 0, 400)
     contrast = next(found.contrast(p, "harmfulness_mean") for p in found.pairs() if p.minus == ("misaligned", "base"))
-    assert contrast.value is None and contrast.n_missing == 40
+    assert contrast.value is None and contrast.n_missing == 400
 
 
 def test_tests_stand_beside_the_estimates(default):
