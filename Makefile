@@ -29,8 +29,11 @@ nano-full: .venv/installed-$(DEVICE)
 test: .venv/installed-$(DEVICE)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not full and not gpu and not slow"
 
+# Slurm's tests one by one: they share a cluster
 test-full: .venv/installed-$(DEVICE) .venv/browser .venv/training vllm slurm
-	$(PY) -m pytest -m "full and not gpu and not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile -m "full and not gpu and not slow" \
+	  --ignore tests/slurm
+	$(PY) -m pytest -m "full and not gpu and not slow" tests/slurm
 	if [ -e .venv-vllm/installed ]; then .venv-vllm/bin/python -m pytest -m "full and not slow" $(VLLM_TESTS); fi
 
 # not in the interpreter that the other tests run Triton's kernels in
