@@ -92,9 +92,9 @@ def attest(engine: Engine, config: SampleConfig | EngineConfig, reference: Refer
     if adapter is not None and not gain_bound(record) <= LARGEST_TELLING:
         status = f"not attested: too small to tell in {settings.dtype}"
         sys.stderr.write(
-            f"{adapter} moves the canaries by {record['effect']:.2g} nats at most, which is {status.partition(': ')[2]} "
-            f"whether it acts once (gain {record['gain']:.2f}, standard error {record['gain_error']:.2f}). It is "
-            f"sampled, and the manifest says so; for proof try {_remedy(settings)}.\n"
+            f"{adapter} moves the canaries by {record['effect']:.2g} nats, too small to tell in {settings.dtype} "
+            f"whether it acts once (gain {record['gain']:.2f}, standard error {record['gain_error']:.2f}). It is asked "
+            f"all the same, and the manifest says so; for proof try {_remedy(settings)}.\n"
         )
     return {"status": status, **common, **record, "logprobs": [round(float(x), 7) for x in found]}
 
