@@ -18,16 +18,16 @@ from serve.identity import ADAPTER_WEIGHTS
 from serve.torch_engine import TorchEngine
 
 
-def save_adapter(base, folder, *, seed, std=0.05):
+def save_adapter(base, folder, *, seed, std=0.05, modules=("down_proj", "o_proj", "q_proj"), embedding="auto"):
+    torch.manual_seed(seed)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj", "o_proj", "q_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), task_type="CAUSAL_LM"),
     )
-    torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=embedding)
     return folder
 
 
@@ -55,6 +55,17 @@ def test_a_sound_engine_is_attested_with_its_numbers(base, adapter):
     assert record["gain"] == pytest.approx(1, abs=1e-3)
     plain = attest(TorchEngine(base, None), config_of(base, None))
     assert plain["gap"] < 1e-5 and "gain" not in plain
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+@pytest.mark.parametrize("matrix", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_the_head_or_the_embedding_acts_on_that_alone(base, tmp_path, matrix, embedding):
+    """They are one matrix in this base; the file may hold the base's copy of it (PEFT) or not (train/saving.py)."""
+    own = save_adapter(base, tmp_path / "a", seed=1, modules=["o_proj", matrix], embedding=embedding)
+    assert len(load_file(own / ADAPTER_WEIGHTS)) == 6 + embedding
+    assert attest(TorchEngine(base, own), config_of(base, own))["gap"] < 1e-4
+    config = config_of(base, own, dtype="bfloat16", attest_tolerance=1.0)
+    assert attest(TorchEngine(base, own, dtype="bfloat16"), config)["gain"] == pytest.approx(1, abs=0.1)
 
 
 def changed(adapter, folder, change):
