@@ -79,6 +79,16 @@ def test_tables_manifest_and_skip(config, prompts, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_a_path_may_hold_an_equals_sign(config, tmp_path):
+    folders = [tmp_path / f"lr={rate}" for rate in ("1e-5", "1e-4")]
+    paths = []
+    for folder in folders:
+        folder.mkdir()
+        paths.append(Path(config(output_dir=str(folder / "out"), ask=ASK[:1])).rename(folder / "sample.yaml"))
+    main([*map(str, paths), "study_seed=8"])
+    assert {s.study_seed for f in folders for s in read_rows(f / "out" / SAMPLES, Sample)} == {8}
+
+
 def test_skipping_loads_no_torch(config, tmp_path):
     main([config()])
     code = "import sys; from serve.sample import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
