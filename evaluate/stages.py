@@ -261,20 +261,23 @@ class Records:
         return mark
 
 
-def _deciding(module: str, *configs: dict[str, Any]) -> list[dict[str, Any]]:
+def _deciding(module: str, old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a stage's configs decides what it makes, as the stage itself says, and not where models lie.
 
     A model's files are among the inputs, so another model in the same place is noticed all the same.
     """
-    try:
+
+    def of(config: dict[str, Any]) -> dict[str, Any]:
         if module == "train.sft":
-            return [build(TrainConfig, config, where=module).identity() for config in configs]
+            return build(TrainConfig, config, where=module).identity()
         if module in ("serve.sample", "evaluate.judge"):
-            engines = [build(EngineConfig, config["engine"], where=module).identity() for config in configs]
-            return [{**c, "base": None, "engine": engine} for c, engine in zip(configs, engines, strict=True)]
+            return {**config, "base": None, "engine": build(EngineConfig, config["engine"], where=module).identity()}
+        return config
+
+    try:
+        return of(old), of(new)
     except UserError:
-        pass  # one is of another version; they are compared as they are
-    return list(configs)
+        return old, new  # one is of another version; they are compared as they are
 
 
 def _complete(path: Path) -> bool:
