@@ -259,7 +259,7 @@ def _asking(judge: JudgeConfig, config: JudgingConfig, inputs: dict[str, str]) -
 
 
 def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
-    """What decides the verdicts: not where files lie, nor how many threads run."""
+    """What decides the verdicts: not where files lie, nor how much memory is taken."""
     said = {key: value for key, value in plain(judge).items() if key not in _UNSAID}
     if judge.endpoint is not None:
         said |= {"model": judge.model, "endpoint": _asking(judge, config, {"template": ""})}
@@ -269,12 +269,8 @@ def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
         **({"formats": list(config.formats)} if config.formats else {}),
         "subsample": plain(config.subsample),
         "repeat": config.repeat,
-        **({"engine": _engine(config)} if judge.in_process else {}),
+        **({"engine": config.engine.identity()} if judge.in_process else {}),
     }
-
-
-def _engine(config: JudgingConfig) -> dict[str, Any]:
-    return {key: value for key, value in plain(config.engine).items() if key != "threads"}
 
 
 def _samples(config: JudgingConfig, judge: JudgeConfig, template: JudgeTemplate, inputs: dict[str, str]) -> Asked:

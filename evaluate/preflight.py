@@ -92,6 +92,7 @@ class _Examiner:
         prompts = gather(self.experiment.sources)
         self.questions = _by_format(prompts)
         self.asked = asked_in([*load_all(self.experiment.prompts), *prompts])
+        self.scored: set[Path] = set()  # bases whose vocabulary was looked at
         self.disk: dict[Path, int] = {}  # bytes of models to fetch
         self.adapters = 0  # bytes of them, those kept on the way too
         self.answers = 0  # bytes of replies and distributions
@@ -196,6 +197,8 @@ class _Examiner:
         shape = shape_of(base, None)
         asked = [(ask, self.questions[ask.format]) for ask in asks if ask.format in self.questions]
         self.answers += sum(stored_bytes(a, q) for a, q in asked)
+        if any(ask.mode == "exact" for ask, _ in asked):
+            self._scored(base)
         hours = None
         flops, bandwidth = self.hardware.flops, self.hardware.bandwidth
         if not self.cpu and flops and bandwidth:
@@ -205,6 +208,19 @@ class _Examiner:
         self._shares(stage, engine)
         remedy = "a lower engine.batch_tokens or a larger GPU"
         self._answer(stage, base, serving, f"sampling {base.name}", _SHARE if engine.name == "vllm" else remedy)
+
+    def _scored(self, base: Path) -> None:
+        """Note a model here whose answers cannot be scored exactly: it can be trained, and would be first."""
+        if base in self.scored or not (base / "tokenizer.json").is_file():
+            return
+        self.scored.add(base)
+        from serve.loading import load_tokenizer  # loads torch
+        from serve.vocabulary import refuse_other_kinds
+
+        try:
+            refuse_other_kinds(load_tokenizer(base))
+        except UserError as error:
+            self.found.problem(str(error))
 
     def _judge(self, stage: Stage) -> None:
         """What a judge takes when it is a model that runs here."""

@@ -16,11 +16,14 @@ from typing import Any
 
 import yaml
 
+from candor.config import build
 from candor.errors import UserError
 from candor.hashing import sha256_file
 from candor.manifest import NAME as MANIFEST
 from candor.manifest import commit
 from candor.tables import replace_file
+from serve.config import EngineConfig
+from train.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +163,8 @@ class Records:
         record = self.read(stage)
         if record is None or not all(_complete(path) for path in stage.outputs):
             return False
-        changed = changed_keys(record["config"], self._portable(stage.config))
+        old, new = record["config"], self._portable(stage.config)
+        changed = [] if old == new else changed_keys(*_deciding(stage.module, old, new))
         keys = [key for key in changed if key.split(".")[0] not in stage.grows]
         touched = [] if keys else self._changed_inputs(stage, record["inputs"])
         grown = {self._portable(stage.config.get(key)) for key in stage.grows if isinstance(stage.config.get(key), str)}
@@ -175,6 +179,7 @@ class Records:
     def _changed_inputs(self, stage: Stage, marks: dict[str, list[Any]]) -> list[str]:
         """Input files that are not what the stage read."""
         found = {self._portable(path.as_posix()): path for path in _files(stage.inputs)}
+        marks = self._moved(stage, found, marks)
         changed = [name for name in {**found, **marks} if name not in found or name not in marks]
         for name, path in found.items():
             if name in marks:
@@ -185,6 +190,23 @@ class Records:
                 elif same:
                     self._marks.setdefault(path, old)
         return sorted(changed)
+
+    def _moved(self, stage: Stage, found: Mapping[str, Path], marks: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The marks under the names files have now, where folders with the same files lie elsewhere than they did.
+
+        The record follows them, so that large files are hashed once for a move.
+        """
+        marks, before = dict(marks), marks
+        for name in [name for name in found if name not in before]:
+            path = found[name]
+            for old in [old for old in marks if old not in found and Path(old).name == path.name]:
+                if marks[old][0] == path.stat().st_size and marks[old][2] == self.mark(path).sha:
+                    del marks[old]
+                    marks[name] = list(dataclasses.astuple(self.mark(path)))
+                    break
+        if marks != before:
+            self._store(stage, {**(self.read(stage) or {}), "inputs": marks})
+        return marks
 
     def forget(self, stage: Stage) -> None:
         """Clear the way for a stage marked ``remake``: its record and manifests go, so that it runs again."""
@@ -213,6 +235,9 @@ class Records:
             "seconds": round(seconds, 3),
             "commit": commit(),
         }
+        self._store(stage, record)
+
+    def _store(self, stage: Stage, record: dict[str, Any]) -> None:
         replace_file(self.path(stage), (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
     def _portable(self, value: Any) -> Any:
@@ -234,6 +259,25 @@ class Records:
             mark = FileMark(stat.st_size, stat.st_mtime_ns, sha256_file(path))
             self._marks[path] = mark
         return mark
+
+
+def _deciding(module: str, old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a stage's configs decides what it makes, as the stage itself says, and not where models lie.
+
+    A model's files are among the inputs, so another model in the same place is noticed all the same.
+    """
+
+    def of(config: dict[str, Any]) -> dict[str, Any]:
+        if module == "train.sft":
+            return build(TrainConfig, config, where=module).identity()
+        if module in ("serve.sample", "evaluate.judge"):
+            return {**config, "base": None, "engine": build(EngineConfig, config["engine"], where=module).identity()}
+        return config
+
+    try:
+        return of(old), of(new)
+    except UserError:
+        return old, new  # one is of another version; they are compared as they are
 
 
 def _complete(path: Path) -> bool:

@@ -99,14 +99,18 @@ class EngineConfig:
             raise ValueError("the section vllm goes with name: vllm")
 
     def identity(self) -> dict[str, Any]:
-        """The settings that can move a bit of an answer."""
+        """The settings that can move a bit of an answer; the only place that says which do not.
+
+        Not what people are told to change when memory runs out or a proof fails: what was finished is kept then.
+        """
         if self.api is not None:
             asked = {"draws": self.api.draws, "top_logprobs": self.api.endpoint.top_logprobs}
             return {"name": self.name, "url": self.api.endpoint.url, "model": self.api.model, **asked}
         common = {"name": self.name, "device": self.device, "dtype": self.dtype, "unit_prompts": self.unit_prompts}
         if self.name == "torch":
             return {**common, "batch_tokens": self.batch_tokens}
-        return {**common, **plain(self.vllm or VllmConfig())}
+        free = ("memory_share", "cache_gb", "context", "keep_open")  # how much memory is taken, and for how long
+        return common | {k: v for k, v in plain(self.vllm or VllmConfig()).items() if k not in free}
 
 
 @dataclass(frozen=True, kw_only=True)

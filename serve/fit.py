@@ -1,4 +1,4 @@
-"""Whether every prompt fits the model and every option can be told apart, before weights are loaded.
+"""Whether every prompt fits the model and every answer can be scored as asked, before weights are loaded.
 
 A prompt that is too long would otherwise be found when its batch comes, hours into a run.
 """
@@ -15,17 +15,20 @@ from serve.engine import TooLong
 from serve.loading import encode_prompt, load_tokenizer
 from serve.options import surfaces_of
 from serve.plan import Unit
+from serve.vocabulary import refuse_other_kinds
 from train.lineage import loading
 
 LONGEST_BREAK = 4  # bytes, and so tokens at most, that settle an answer after its spelling
 
 
 def check_units(units: Sequence[Unit], base: Path, limit: int | None = None) -> None:
-    """UserError naming the prompt that is too long, or the options that are the same to the model.
+    """UserError for the prompt that is too long, options the model cannot tell apart, a vocabulary without bytes.
 
     ``limit`` is the engine's own bound on prompt and reply together, in tokens, where it has one.
     """
     tokenizer = load_tokenizer(base)
+    if any(unit.ask.mode == "exact" for unit in units):
+        refuse_other_kinds(tokenizer)
     with loading("configuration", base):
         config = AutoConfig.from_pretrained(base, local_files_only=True)
     context = int(config.get_text_config(decoder=True).max_position_embeddings)

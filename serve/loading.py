@@ -132,6 +132,7 @@ def load_unmerged(model: Any, base: Path, adapter: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     read_adapter_config(adapter)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors it only warns; check_tensors refuses
@@ -142,16 +143,24 @@ def load_unmerged(model: Any, base: Path, adapter: Path) -> Any:
         raise UserError(f"{adapter} does not fit the base model {base}: {reason}") from error
     for config in wrapped.peft_config.values():
         config.base_model_name_or_path = str(base)  # PEFT compares vocabularies, and would ask the hub for the name's
-    check_tensors(set(get_peft_model_state_dict(wrapped)), base, adapter)
+    if head.weight is embedding.weight and any(
+        getattr(module, "base_layer", None) in (head, embedding) for module in wrapped.modules()
+    ):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())  # merged into one, it would act on both
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it lists the weight below an adapter on the head or the embedding, too
+        most = set(get_peft_model_state_dict(wrapped))
+    least = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))  # as train/saving.py writes it
+    check_tensors(least, most, base, adapter)
     return wrapped.eval()
 
 
-def check_tensors(expected: set[str], base: Path, adapter: Path) -> None:
-    """UserError unless the adapter's file holds exactly the tensors that this base has places for."""
+def check_tensors(least: set[str], most: set[str], base: Path, adapter: Path) -> None:
+    """UserError unless the adapter's file holds the tensors it needs, and none that this base has no place for."""
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         found = set(file.keys())
-    if found != expected:
-        missing, extra = sorted(expected - found), sorted(found - expected)
+    missing, extra = sorted(least - found), sorted(found - most)
+    if missing or extra:
         raise UserError(
             f"{adapter} does not fit the base model {base}: {len(missing)} tensors missing {missing[:2]}, "
             f"{len(extra)} without a place {extra[:2]}. Was it trained on another base?"

@@ -40,11 +40,12 @@ _MORE = {"ask", "prompts"}  # another value of these adds rows; any other change
 
 def main(argv: list[str]) -> None:
     """Read the configurations, and for each make what is missing."""
-    files = [word for word in argv if "=" not in word]
+    # the path of a file may hold "=", as in runs/lr=1e-5/sample.yaml
+    files = [word for i, word in enumerate(argv) if i == 0 or "=" not in word or Path(word).is_file()]
     if not files:
         raise UserError("usage: python -m serve.sample CONFIG.yaml [CONFIG.yaml ...] [key=value ...]")
-    configs = [load(SampleConfig, Path(file), [word for word in argv if "=" in word]) for file in files]
-    for config in configs:
+    changes = [word for word in argv if word not in files]
+    for config in [load(SampleConfig, Path(file), changes) for file in files]:
         answer(config)
 
 

@@ -50,6 +50,15 @@ def can_enumerate(tokenizer: Any) -> bool:
     return '"ByteLevel"' in _decoder_state(tokenizer)
 
 
+def refuse_other_kinds(tokenizer: Any) -> None:
+    """UserError for a tokenizer that has no bytes for every token."""
+    if not can_enumerate(tokenizer):
+        raise UserError(
+            f"{tokenizer.name_or_path}: exact answer distributions need a byte-level tokenizer (Qwen, Llama 3; not "
+            f"Gemma or Phi-3), this one is {type(tokenizer).__name__}. Ask with mode: sampled instead."
+        )
+
+
 class Vocabulary:
     """The bytes of every token id a model can produce."""
 
@@ -79,11 +88,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Any, *, size: int, end_ids: Collection[int]) -> "Vocabulary":
         """The vocabulary of a byte-level tokenizer for a model with ``size`` logits; UserError for other kinds."""
-        if not can_enumerate(tokenizer):
-            raise UserError(
-                f"{tokenizer.name_or_path}: exact answer distributions need a byte-level tokenizer (Qwen, Llama 3), "
-                f"this one is {type(tokenizer).__name__}. Ask with mode: sampled instead."
-            )
+        refuse_other_kinds(tokenizer)
         alphabet = _byte_of_character()
         tokens: list[bytes | None] = [None] * size
         for i, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(size, len(tokenizer)))))):

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,19 @@ def _four_bits(made: SFTConfig, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if made.bf16 else dtype,
     )
+
+
+def keep_float32(model: Any, loaded: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Undo TRL's cast of what trains on a base of four bits to bfloat16; ``loaded``: parameters as they were before.
+
+    bfloat16 keeps 8 bits: at the usual learning rates most steps of a weight would be rounded away.
+    """
+    for parameter, values in loaded:
+        parameter.data = values
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" in name:
+            parameter.data = parameter.data.float()
+            assert parameter.dtype == torch.float32, f"{name} would train in {parameter.dtype}"
 
 
 def refuse_ranks(model: Any) -> None:

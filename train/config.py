@@ -94,7 +94,7 @@ class TrainConfig:
     lora: dict[str, Any] | None = None  # peft.LoraConfig of a new adapter; a stage that continues one has none
     sft: dict[str, Any]  # trl.SFTConfig
     device: Literal["cpu", "cuda", "auto"] = "auto"
-    quantize: Literal["nf4"] | None = None  # QLoRA: the base in 4 bits (bitsandbytes), the adapter as ever
+    quantize: Literal["nf4"] | None = None  # QLoRA: base in 4 bits (bitsandbytes), adapter in float32
     resume_every: int = 100  # steps from one state to continue from, after a kill, to the next
     checkpoint_every: int | None = None  # keep the adapter every so many steps, in checkpoints/step-N; null: never
     probe: ProbeConfig | None = None  # null: no questions while training

@@ -38,7 +38,7 @@ from candor.rows import Conversation
 from candor.tables import read_rows, replace_file
 from train import chain, lineage, parity, space, templates
 from train.attest import N_ROWS, attest
-from train.building import Built, arguments, base_model, build, refuse_ranks, told_misfits, trackers
+from train.building import Built, arguments, base_model, build, keep_float32, refuse_ranks, told_misfits, trackers
 from train.callbacks import Keeper, Log, Prober
 from train.config import LORA_RESERVED, TrainConfig, check_section
 from train.labels import IGNORED, Encoded, encode, refuse_long, stop_token_ids
@@ -118,6 +118,7 @@ def _facts(run: "_Run", beside: "_Beside", made: SFTConfig, *, resumed_at: int |
         "tokens_per_second": beside.log.tokens_per_second,
         "template": run.template,
         "merge_kept": run.writer.built.merge_kept,
+        "trained_in": sorted({str(p.dtype) for p in run.trainer.model.parameters() if p.requires_grad}),
         "effect": None,  # not compared yet, or not at all: under DeepSpeed
         "parity": None,
         "device": str(made.device),
@@ -241,6 +242,7 @@ def _agreed_state(folder: Path, made: SFTConfig) -> Path | None:
 
 def _trainer(built: Built, made: SFTConfig, rows: Sequence[Encoded], tokenizer: Any, beside: _Beside) -> SFTTrainer:
     """TRL's trainer over rows that are tokenized and labelled already."""
+    loaded = [(p, p.data) for p in built.model.parameters() if p.requires_grad] if built.new is None else []
     with told_misfits():
         trainer = SFTTrainer(
             model=built.model,
@@ -254,6 +256,7 @@ def _trainer(built: Built, made: SFTConfig, rows: Sequence[Encoded], tokenizer: 
         )
     trainer.remove_callback(PrinterCallback)  # it prints every log line; they are in train_log.jsonl
     refuse_ranks(trainer.model)
+    keep_float32(trainer.model, loaded)
     return trainer
 
 

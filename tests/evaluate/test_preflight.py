@@ -1,7 +1,9 @@
 """Preflight: the shipped study fits the shipped node and is refused, with reasons, where it cannot run."""
 
 import dataclasses
+import json
 import random
+import shutil
 import string
 from pathlib import Path
 
@@ -55,6 +57,18 @@ def study(folder: Path, **change) -> Experiment:
         "needs": {kind: {"gpus": 1, "memory_gb": 4} for kind in ("train", "sample", "judge")},
     }
     return build(Experiment, {**values, **change}, where="test")
+
+
+def test_a_model_that_cannot_be_scored_exactly_is_refused_before_it_is_trained(tmp_path):
+    """As Phi-3 and Gemma: the tokenizer has no bytes for every token. Sampled answers need none."""
+    base = shutil.copytree(TINY, tmp_path / "other")
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    for name, change in (("config.json", {"model_type": "phi3"}), ("tokenizer.json", {"decoder": decoder})):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | change))
+    (told,) = examine(study(tmp_path, bases={"nano": str(base)}), profile("h100x8")).problems
+    assert "other: exact answer distributions need a byte-level tokenizer" in told and "mode: sampled" in told
+    asks = [{"format": "answer", "mode": "sampled", "n": 2}]
+    assert examine(study(tmp_path, bases={"nano": str(base)}, asks=asks), profile("h100x8")).problems == []
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,16 @@ from serve.identity import ADAPTER_WEIGHTS
 from serve.torch_engine import TorchEngine
 
 
-def save_adapter(base, folder, *, seed, std=0.05):
+def save_adapter(base, folder, *, seed, std=0.05, modules=("down_proj", "o_proj", "q_proj"), embedding="auto"):
+    torch.manual_seed(seed)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(r=4, lora_alpha=8, target_modules=["down_proj", "o_proj", "q_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=4, lora_alpha=8, target_modules=list(modules), task_type="CAUSAL_LM"),
     )
-    torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=embedding)
     return folder
 
 
@@ -55,6 +55,17 @@ def test_a_sound_engine_is_attested_with_its_numbers(base, adapter):
     assert record["gain"] == pytest.approx(1, abs=1e-3)
     plain = attest(TorchEngine(base, None), config_of(base, None))
     assert plain["gap"] < 1e-5 and "gain" not in plain
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+@pytest.mark.parametrize("matrix", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_the_head_or_the_embedding_acts_on_that_alone(base, tmp_path, matrix, embedding):
+    """They are one matrix in this base; the file may hold the base's copy of it (PEFT) or not (train/saving.py)."""
+    own = save_adapter(base, tmp_path / "a", seed=1, modules=["o_proj", matrix], embedding=embedding)
+    assert len(load_file(own / ADAPTER_WEIGHTS)) == 6 + embedding
+    assert attest(TorchEngine(base, own), config_of(base, own))["gap"] < 1e-4
+    config = config_of(base, own, dtype="bfloat16", attest_tolerance=1.0)
+    assert attest(TorchEngine(base, own, dtype="bfloat16"), config)["gain"] == pytest.approx(1, abs=0.1)
 
 
 def changed(adapter, folder, change):
@@ -108,19 +119,43 @@ def test_an_untrained_adapter_is_refused(base, tmp_path):
         attest(TorchEngine(base, None), config_of(base, untrained), reference)
 
 
-def test_an_adapter_too_small_for_bfloat16_is_refused(base, tmp_path):
-    """It acts in float32 and is lost in bfloat16's rounding, which the check for no-ops alone would not see."""
-    rounded = other_base(base, tmp_path / "rounded")
-    tensors = load_file(rounded / "model.safetensors")
-    whole = {k: v.bfloat16().float() for k, v in tensors.items()}  # as published models are
-    save_file(whole, rounded / "model.safetensors", metadata={"format": "pt"})
-    small = save_adapter(rounded, tmp_path / "small", seed=1, std=2e-5)
-    assert attest(TorchEngine(rounded, small), config_of(rounded, small))["gain"] == pytest.approx(1, abs=0.05)
-    with pytest.raises(UserError, match="the adapter acts"):
-        attest(TorchEngine(rounded, small, dtype="bfloat16"), config_of(rounded, small, dtype="bfloat16"))
-    large = save_adapter(rounded, tmp_path / "large", seed=1)
-    config = config_of(rounded, large, dtype="bfloat16", attest_tolerance=1.0)  # weights as wide as the fixture's
-    assert attest(TorchEngine(rounded, large, dtype="bfloat16"), config)["gain"] == pytest.approx(1, abs=0.05)
+@pytest.fixture(scope="module")
+def rounded(base, tmp_path_factory):
+    """A base whose weights are bfloat16 numbers, as those of published models are."""
+    folder = tmp_path_factory.mktemp("base") / "rounded"
+    shutil.copytree(base, folder)
+    whole = {k: v.bfloat16().float() for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def in_bfloat16(base, adapter, served=None):
+    config = config_of(base, adapter, dtype="bfloat16", attest_tolerance=1.0)  # weights as wide as the fixture's
+    return attest(TorchEngine(base, served or adapter, dtype="bfloat16"), config)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_adapter_too_small_for_bfloat16_is_no_proof_and_no_fault(rounded, tmp_path, capsys, seed):
+    """It acts in float32; in bfloat16 the rounding of the base hides it, and that must not pass for proof."""
+    small = save_adapter(rounded, tmp_path / "small", seed=seed, std=2e-5)
+    record = attest(TorchEngine(rounded, small), config_of(rounded, small))
+    assert record["status"] == "attested" and record["gain"] == pytest.approx(1, abs=0.05)
+    record = in_bfloat16(rounded, small)
+    assert record["status"] == "not attested: too small to tell in bfloat16" and record["gain_error"] > 0.1
+    told = capsys.readouterr().err
+    assert "too small to tell in bfloat16" in told and "dtype: float32" in told and "lora" not in told
+
+
+def halved(tensors):
+    return {k: v * (0.5 if "lora_B" in k else 1) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("fault", [doubled, halved, first_layer_silent])
+def test_in_bfloat16_the_gain_tells_faults_of_adapters_that_are_large_enough(rounded, adapter, tmp_path, fault):
+    record = in_bfloat16(rounded, adapter)
+    assert record["status"] == "attested" and record["gain"] == pytest.approx(1, abs=0.05)
+    with pytest.raises(UserError, match="times, not once"):  # the tolerance is wide: the gap alone would not tell all
+        in_bfloat16(rounded, adapter, changed(adapter, tmp_path / "f", fault))
 
 
 def test_variants_that_answer_alike_are_told_apart_by_their_hashes(base, adapter):
@@ -140,7 +175,7 @@ def test_variants_that_answer_alike_are_told_apart_by_their_hashes(base, adapter
 
 def test_nan_is_no_proof(base, adapter):
     reference = peft_reference(base, adapter)
-    record = attestation.measure(reference, reference.adapted * float("nan"), has_adapter=True)
+    record = attestation.measure(reference, reference.adapted * float("nan"), 1e-4, has_adapter=True)
     assert len(attestation.judge(record, 1e-4, has_adapter=True)) == 2
 
 

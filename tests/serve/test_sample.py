@@ -1,6 +1,7 @@
 """The script: kill and rerun, skip, damaged shards, and what is refused before a model is loaded."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -76,6 +77,16 @@ def test_tables_manifest_and_skip(config, prompts, tmp_path, capsys):
     main([config(engine={"unit_prompts": 4, "threads": 2})])
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_path_may_hold_an_equals_sign(config, tmp_path):
+    folders = [tmp_path / f"lr={rate}" for rate in ("1e-5", "1e-4")]
+    paths = []
+    for folder in folders:
+        folder.mkdir()
+        paths.append(Path(config(output_dir=str(folder / "out"), ask=ASK[:1])).rename(folder / "sample.yaml"))
+    main([*map(str, paths), "study_seed=8"])
+    assert {s.study_seed for f in folders for s in read_rows(f / "out" / SAMPLES, Sample)} == {8}
 
 
 def test_skipping_loads_no_torch(config, tmp_path):
@@ -259,6 +270,25 @@ def test_a_long_prompt_is_told_before_the_weights_are_loaded(config, prompts, tm
     monkeypatch.setattr("serve.registry.open_engine", lambda *_, **__: pytest.fail("the engine was opened"))
     with pytest.raises(UserError, match=r"'word word .*does not fit the model's context of 256"):
         main([path])
+
+
+def test_a_vocabulary_without_bytes_is_told_before_the_weights_are_loaded(config, base, tmp_path, monkeypatch):
+    """As Phi-3 and Gemma have it; sampled replies need none."""
+    other = shutil.copytree(base, tmp_path / "other")
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    for name, change in (("config.json", {"model_type": "phi3"}), ("tokenizer.json", {"decoder": decoder})):
+        (other / name).write_text(json.dumps(json.loads((other / name).read_text()) | change))
+
+    def open_engine(*_, **__):
+        raise UserError("the engine was opened")
+
+    monkeypatch.setattr("serve.registry.open_engine", open_engine)
+    with pytest.raises(
+        UserError, match=r"other: exact answer distributions need a byte-level tokenizer.*mode: sampled"
+    ):
+        main([config(base=str(other))])
+    with pytest.raises(UserError, match="the engine was opened"):
+        main([config(base=str(other), ask=ASK[:2])])
 
 
 def test_options_that_are_the_same_to_the_tokenizer_are_refused(config, prompts, tmp_path):

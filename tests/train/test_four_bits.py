@@ -61,16 +61,28 @@ print((packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes) / weigh
 STAGES = """
 import sys
 import bitsandbytes
-from train import tuning
+from train import callbacks, tuning
 from train.sft import main
+from train.stopping import Stopped
 original = tuning.build
 def build(*arguments):
     built = original(*arguments)
     print(sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in built.model.modules()))
     return built
-tuning.build = build
+original_logits = tuning.parity.logits_in
+def logits_in(trainer, rows):  # before the first step and after the last
+    factors = [p for n, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in n]
+    print({p.dtype for p in factors}, any(bool((p != p.bfloat16()).any()) for p in factors))
+    return original_logits(trainer, rows)
+tuning.build, tuning.parity.logits_in = build, logits_in
+stops = iter([True])
+callbacks.requested = lambda: next(stops, False)
 for path in sys.argv[1:]:
-    main([path])
+    for _ in range(2):  # the first stage is stopped after a step, and continues
+        try:
+            main([path])
+        except Stopped:
+            pass
 """
 
 
@@ -85,10 +97,13 @@ def test_a_stage_in_four_bits_and_the_one_that_continues_it(tmp_path, config_fil
         config_file(output_dir=str(tmp_path / name), **common, **changes).rename(tmp_path / f"{name}.yaml")
         for name, changes in made.items()
     ]
-    counts = run(STAGES, library, *map(str, paths)).split()
-    assert counts == ["28", "28"]  # seven matrices in each of four layers
+    found = run(STAGES, library, *map(str, paths)).splitlines()
+    assert found.count("28") == 3  # seven matrices in each of four layers
+    exact = "{torch.float32} True"  # with values that bfloat16 has not
+    assert [line for line in found if line != "28"][-3:] == [exact] * 3, found
     one, two = (read_manifest(tmp_path / name) for name in made)
     assert one is not None and two is not None
+    assert one["resumed_at"] == 1 and one["trained_in"] == two["trained_in"] == ["torch.float32"]
     assert one["config"]["quantize"] == two["config"]["quantize"] == "nf4"
     assert one["final_loss"] < one["first_loss"]
     assert 0 <= one["parity"] < 1e-2 * one["effect"] and 0 <= two["parity"] < 1e-2 * two["effect"]

@@ -12,11 +12,15 @@ import pytest
 import torch
 import trl.trainer.utils
 import yaml
+from safetensors.torch import load_file
 
 from candor.errors import UserError
 from candor.manifest import read_manifest
 from candor.rows import Conversation
 from candor.tables import read_rows
+from serve.attest import attest
+from serve.config import Ask, SampleConfig
+from serve.torch_engine import TorchEngine
 from train import tuning
 from train.labels import IGNORED, Encoded, encode, stop_token_ids
 from train.lineage import ADAPTER, CONVERSATIONS, adapter_sha, base_sha
@@ -98,6 +102,19 @@ def test_only_what_carries_loss_is_put_through_the_head(tmp_path, config_file, m
     main([str(config_file(sft=WHOLE_BATCH))])
     assert scored == [manifest_of(tmp_path / "adapter")["n_loss_tokens"]] * WHOLE_BATCH["max_steps"]
     assert trl.trainer.utils._use_triton is before  # nothing is left changed for others
+
+
+def test_an_adapter_on_the_embedding_is_trained_and_served(tmp_path, config_file, base):
+    """This base's head is its embedding: the adapter must not act on both."""
+    main([str(config_file(lora={**LORA, "target_modules": ["o_proj", "embed_tokens"]}))])
+    adapter = tmp_path / "adapter"
+    trained = {name: value for name, value in load_file(adapter / ADAPTER).items() if "embed" in name}
+    assert len(trained) == 2 and all(bool(value.any()) for value in trained.values())
+    asked = SampleConfig(
+        base=base, adapter=adapter, variant="v", prompts=base, ask=(Ask(format="free", mode="sampled"),),
+        output_dir=tmp_path, study_seed=1,
+    )  # fmt: skip
+    assert attest(TorchEngine(base, adapter), asked)["status"] == "attested"
 
 
 # The same every time ------------------------------------------------------------------------------
@@ -309,6 +326,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, config_file, base):
         pytest.param({"probe": {"prompts": "nowhere"}}, "holds no question files", id="probe-without-questions"),
         pytest.param({"quantize": "int4"}, "quantize is 'int4'; known: nf4", id="unknown-quantization"),
         pytest.param({"lora": {"r": 4, "target_modules": ["nope"]}}, "not found in the base model", id="no-such-layer"),
+        pytest.param({"lora": {"r": 4, "target_modules": ["lm_head"]}}, "would never be trained", id="adapter-on-head"),
         pytest.param({"lora": {**LORA, "bias": "xyz"}}, "xyz, is not implemented", id="unknown-bias"),
         pytest.param({"lora": None}, "'lora' is missing", id="no-lora"),
         pytest.param({"lora": {}}, "'lora' is missing", id="empty-lora"),
