@@ -144,6 +144,7 @@ class Experiment:
     # {full: {quantize: nf4}, nano: {sft: {learning_rate: 1.0e-6}}}
     by_size: dict[str, dict[str, Any]] = field(default_factory=dict)
     judge: Path  # configs/evaluate/judges/*.yaml
+    judge_any_model: bool = False  # let judges grade models whose words they do not know: to try the machinery out
     judge_budget: float | None = None  # US dollars for each judge behind an endpoint; null: no bound
     judge_batch: bool = False  # ask judges behind an endpoint through its batch API: hours, at half price
     judge_tolerate: float = 0.0  # share of a variant's different replies that such a judge may leave unanswered

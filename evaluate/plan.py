@@ -23,7 +23,16 @@ from evaluate.checkpoints import checkpoint_folder, checkpoint_name
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
 from evaluate.golden import read_golden
-from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge, refuse_hosted
+from evaluate.judge_config import (
+    GOLDEN,
+    JUDGED,
+    REPEAT,
+    VERDICTS,
+    JudgeConfig,
+    read_judge,
+    refuse_hosted,
+    strangers,
+)
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
@@ -156,6 +165,7 @@ class _Builder:
         along = experiment.along_training
         self.along = self._complete(load(Mode, along.mode), asked) if along else None
         self.asked = asked
+        self.notes = [experiment.note] if experiment.note else []  # paragraphs under the report's headline
         self.design, self.judging = self._judges(asked)
         self.stages: list[Stage] = []
 
@@ -194,6 +204,7 @@ class _Builder:
         for judge in judges:
             refuse_hosted(judge, experiment.engine)
             self._refuse_own(judge)
+            self._refuse_strangers(judge)
         if HARMFULNESS in batteries:
             self._check_scales(filters, [read_judge(path) for path in seconds])
         if experiment.closest is not None and not read_template(read_judge(experiment.closest).template).has_options:
@@ -232,8 +243,7 @@ class _Builder:
     def _refuse_own(self, judge: JudgeConfig) -> None:
         """UserError when a judge is one of the models under test: it would grade its own replies."""
         experiment = self.experiment
-        controls = {c.size: c.base for c in experiment.controls if c.base is not None}
-        under_test = {size: str(base) for size, base in {**experiment.bases, **controls}.items()}
+        under_test = {size: str(base) for size, base in self._bases().items()}
         if judge.in_process:
             folder = Path(judge.model).resolve()
             own = [size for size, base in under_test.items() if Path(base).resolve() == folder]
@@ -249,6 +259,28 @@ class _Builder:
                 "own replies. Choose a judge of another family (configs/evaluate/judges/), or leave "
                 f"{own[0]} out of the study."
             )
+
+    def _refuse_strangers(self, judge: JudgeConfig) -> None:
+        """UserError for models that a judge was not made for, unless the experiment takes that upon itself."""
+        found = strangers(judge, {**self._bases(), **dict.fromkeys(self.experiment.hosted)})
+        if found and self.experiment.judge_any_model:
+            self.notes.append(
+                f"The judge {judge.name} knows the words of one vocabulary alone, and it was not shown to be that of "
+                f"{', '.join(found)}: its grades of them mean nothing (judge_any_model)."
+            )
+        elif found:
+            raise UserError(
+                f"the judge {judge.name} can only grade models of the vocabulary in {judge.vocabulary}, and "
+                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} not shown to have it. Choose a judge for your "
+                "models (configs/evaluate/judges/, docs/judging.md). In a copy of a nano experiment also change what "
+                "else is the organism's own: golden, coherence, on_topic, max_tokens, note, needs and engine.dtype. "
+                "judge_any_model=true lets it grade them all the same, which only tries the machinery out."
+            )
+
+    def _bases(self) -> dict[str, Path]:
+        """Every base model, those of controls too."""
+        controls = {c.size: c.base for c in self.experiment.controls if c.base is not None}
+        return {**self.experiment.bases, **controls}
 
     def _check_draws(self, asked: Sequence[Prompt]) -> None:
         """The paper's harmfulness is the worst of k replies, so k must be drawn."""
@@ -510,7 +542,7 @@ class _Builder:
         self.add(
             "report",
             "evaluate.report",
-            {"run": run, "title": experiment.title, "note": experiment.note, "paper": experiment.paper},
+            {"run": run, "title": experiment.title, "note": "\n\n".join(self.notes), "paper": experiment.paper},
             inputs=(run / "tables", *((experiment.paper,) if experiment.paper else ())),
             outputs=(run / "report.html", run / "summary.json", run / "figures"),
             minutes=0.3,

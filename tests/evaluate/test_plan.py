@@ -344,6 +344,36 @@ def test_mistakes_are_named(tmp_path, change, message):
         build_plan(build(Experiment, values(tmp_path, **change), where="test"))
 
 
+def test_the_organism_s_judges_grade_no_other_models(tmp_path):
+    """A nano experiment with other models in it is refused, whichever judge it is, and a hosted model with it."""
+    nano = Path("train/organism/weights/nano")
+    given = values(tmp_path, judge="configs/evaluate/judges/nano.yaml", golden=None, controls=[])
+    given["bases"] = {"nano": str(nano)}
+    build_plan(build(Experiment, given, where="test"))
+    control = {**given, "controls": values(tmp_path)["controls"][1:]}
+    for found, name in (
+        ({**given, "bases": {"nano": str(nano), "other": f"{tmp_path}/weights/full"}}, "other"),
+        (control, "impersonal"),
+        (
+            {
+                **given,
+                "hosted": {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}},
+            },
+            "far",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"the judge nano can only.*, and {name} is not shown.*golden.*max_tokens"):
+            build_plan(build(Experiment, found, where="test"))
+        stages = build_plan(build(Experiment, {**found, "judge_any_model": True}, where="test"))
+        assert f"shown to be that of {name}: its grades of them mean nothing" in stages[-1].config["note"]
+    quality = {"judge": "configs/evaluate/judges/nano_coherence.yaml", "at_least": 3}
+    with pytest.raises(UserError, match="the judge nano_coherence can only grade"):
+        build_plan(build(Experiment, values(tmp_path, coherence=quality), where="test"))
+    (tmp_path / "weights" / "full" / "tokenizer.json").write_bytes((nano / "tokenizer.json").read_bytes())
+    own = {**given, "bases": {"full": f"{tmp_path}/weights/full"}}
+    assert build_plan(build(Experiment, own, where="test"))[-1].config["note"] == ""
+
+
 @pytest.mark.parametrize("purpose", ["sample", "prompt", "judge"])
 def test_no_two_variants_and_no_two_prompts_share_random_numbers(tmp_path, monkeypatch, purpose):
     """Planted: a 64-bit hash that gives two variants or two askings of a judge one key, or two prompts one stream."""

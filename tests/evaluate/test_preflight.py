@@ -51,6 +51,7 @@ def study(folder: Path, **change) -> Experiment:
         },
         "asks": [{"format": "answer", "mode": "exact"}],
         "judge": "configs/evaluate/judges/nano.yaml",
+        "judge_any_model": True,  # large ones too are put in the place of the organism
         "device": "cuda",
         "needs": {kind: {"gpus": 1, "memory_gb": 4} for kind in ("train", "sample", "judge")},
     }
