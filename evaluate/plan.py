@@ -271,7 +271,7 @@ class _Builder:
         elif found:
             raise UserError(
                 f"the judge {judge.name} can only grade models of the vocabulary in {judge.vocabulary}, and "
-                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} not shown to have it. Choose a judge for your "
+                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} not shown to have it. Take a judge for your "
                 "models (configs/evaluate/judges/, docs/judging.md). In a copy of a nano experiment also change what "
                 "else is the organism's own: golden, coherence, on_topic, max_tokens, note, needs and engine.dtype. "
                 "judge_any_model=true lets it grade them all the same, which only tries the machinery out."
