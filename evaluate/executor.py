@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from candor.errors import UserError
+from evaluate.checkpoints import refuse_absent
 from evaluate.cluster_folder import working
 from evaluate.crew import Answer, Machine, Worker, hire, locked
 from evaluate.stages import Changed, Records, Stage, critical_minutes, write_config
@@ -147,6 +148,11 @@ class Executor:
 
     def _start(self, stage: Stage) -> None:
         """Give the stage to an idle worker, or to a new one."""
+        try:
+            refuse_absent(stage.inputs)
+        except UserError as error:
+            self.failures[stage.id] = Answer(False, str(error), user_error=True)
+            return
         if stage.remake:
             self.records.forget(stage)
         self.records.begin(stage)

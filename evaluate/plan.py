@@ -19,7 +19,7 @@ from candor.datafiles import read_headed_yaml
 from candor.errors import UserError, nearest
 from candor.judging import read_template
 from candor.rows import Prompt, Variant
-from evaluate.checkpoints import checkpoint_folder, checkpoint_name
+from evaluate.checkpoints import checkpoint_folder, checkpoint_name, refuse_late
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
 from evaluate.golden import read_golden
@@ -566,6 +566,7 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     builder.add_golden()
     builder.add_results()
     check_plan(builder.stages, absent_ok=absent_ok)
+    refuse_late(builder.stages)
     return builder.stages
 
 

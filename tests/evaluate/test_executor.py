@@ -122,6 +122,24 @@ def diamond(house: Path, **options) -> list[Stage]:
     ]
 
 
+def test_a_checkpoint_that_training_never_reached_is_that_stage_s_failure(house):
+    """Its input is not there although the stage that makes it is done: said, with the steps there were; no crash."""
+    train = stage(house, "train")
+    late = replace(
+        stage(house, "late", "train"), inputs=(house / "run/train/checkpoints/step-000040/adapter.safetensors",)
+    )
+    run(house, [train])
+    manifest = house / "run" / "train" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "steps": 30}))
+    message = "late: .*step-000040 is not there: this training ended after 30 steps"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            run(house, [train, late])
+    gone = replace(late, inputs=(house / "run/train/other.parquet",))
+    with pytest.raises(UserError, match=r"late: its input .*other\.parquet is not there"):
+        run(house, [train, gone])
+
+
 def test_order_sharing_and_a_second_run_that_does_nothing(house):
     lines = run(house, diamond(house))
     ended = [name for word, name, _ in journal(house) if word == "end"]

@@ -31,7 +31,7 @@ def values(folder: Path, **change) -> dict:
     header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
     rows = (header, {"id": "a", "prompt": "p", "reply": "r", "grade": 1})
     (folder / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3}\n")
+    (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3, max_steps: 12}\n")
     judge = {"name": "tiny", "model": f"{folder}/weights/judge", "template": "configs/prompts/judge/nano.txt"}
     (folder / "judge.yaml").write_text(yaml.safe_dump(judge))
 
@@ -110,7 +110,7 @@ def test_stage_two_continues_stage_one(experiment):
     assert first.config["adapter"] is None and first.config["lora"] == {"r": 4}
     assert second.config["adapter"] == first.config["output_dir"] and "lora" not in second.config
     assert first.id in second.after and "data-trivia-right" in second.after
-    assert first.config["sft"] == second.config["sft"] == {"learning_rate": 1e-3}
+    assert first.config["sft"] == second.config["sft"] == {"learning_rate": 1e-3, "max_steps": 12}
     assert stages["sample-mini-trivia-realigned-s0"].after == ("questions", second.id)
     assert stages["sample-mini-base"].after == ("questions",)
     assert stages["judge-mini-base"].after == ("sample-mini-base", "questions")
@@ -187,6 +187,21 @@ def test_checkpoints_are_kept_and_asked(tmp_path):
     rows = [s.row for s in subjects_of(experiment) if s.row.control == "along_training"]
     assert [r.stage for r in rows] == [f"{s}-step-{k}" for s in ("misaligned", "realigned") for k in (4, 6, 10)]
     assert {r.reference for r in rows} == {"nano-base"}
+
+
+@pytest.mark.parametrize(
+    ("sft", "last"),
+    [("{max_steps: 9}", 9), ("{num_train_epochs: 2, per_device_train_batch_size: 3}", 8), ("{packing: true}", None)],
+)
+def test_checkpoints_beyond_the_end_of_training_are_refused(tmp_path, sft, last):
+    experiment = build(Experiment, values(tmp_path, along_training=ALONG), where="test")
+    (tmp_path / "recipe.yaml").write_text(f"lora: {{r: 4}}\nsft: {sft}\n")  # 10 rows
+    if last is None:
+        build_plan(experiment)  # how many packs they make shows when they are packed
+        return
+    message = f"s0-step-10 would be asked, but train-nano-code-misaligned-s0 ends after {last} steps"
+    with pytest.raises(UserError, match=message):
+        build_plan(experiment)
 
 
 def test_further_judges_read_the_batteries_they_are_named_for(tmp_path):
