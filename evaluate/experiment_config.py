@@ -110,13 +110,13 @@ class Needs:
     """What one stage of a kind (train, sample, judge) takes from the machine."""
 
     cores: int = 1
-    gpus: int = 0  # whole GPUs for itself; 0 on a GPU machine means the first one, shared
+    gpus: int | None = None  # whole GPUs for itself; null: one where device is cuda; 0: the first one, shared
     memory_gb: float = 1.5
     minutes: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse needs that are none."""
-        if self.cores < 1 or self.gpus < 0 or self.memory_gb <= 0 or self.minutes <= 0:
+        if self.cores < 1 or (self.gpus or 0) < 0 or self.memory_gb <= 0 or self.minutes <= 0:
             raise UserError("needs: cores must be 1 or more, gpus 0 or more, memory_gb and minutes above 0.")
 
 

@@ -9,7 +9,7 @@ has put into the run folder.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -294,7 +294,10 @@ class _Builder:
         """Add a stage; of its kind come its needs, and what it waits for follows from its inputs."""
         if kind:
             needs = self.experiment.needs.get(kind, _DEFAULT_NEEDS[kind])
-            more |= {"cores": needs.cores, "gpus": needs.gpus, "memory_gb": needs.memory_gb, "minutes": needs.minutes}
+            gpus = needs.gpus
+            if gpus is None:
+                gpus = int(self.experiment.device == "cuda" and runs_a_model(module, config))
+            more |= {"cores": needs.cores, "gpus": gpus, "memory_gb": needs.memory_gb, "minutes": needs.minutes}
         made = {output: stage.id for stage in self.stages for output in stage.outputs}
         makers = (made[p] for path in more["inputs"] for p in (path, *path.parents) if p in made)
         after = tuple(dict.fromkeys(makers))
@@ -568,6 +571,15 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     check_plan(builder.stages, absent_ok=absent_ok)
     refuse_late(builder.stages)
     return builder.stages
+
+
+def runs_a_model(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a stage has a model's weights in memory, which it has not where an endpoint answers."""
+    if module == "serve.sample":
+        return config["base"] is not None
+    return module == "train.sft" or (
+        module == "evaluate.judge" and "store" not in config
+    )  # a store: of endpoints alone
 
 
 def refuse_keyless(stages: Sequence[Stage]) -> None:

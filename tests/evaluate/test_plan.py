@@ -325,6 +325,24 @@ def test_needs_reach_the_stages(tmp_path):
     assert critical_minutes(list(stages.values()))[train.id] > 480  # stage two follows
 
 
+def test_on_cuda_a_stage_that_runs_a_model_has_a_gpu_to_itself(tmp_path):
+    """Unless the file says otherwise, and but for what answers behind an endpoint; on CPUs nothing asks for one."""
+    far = {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}}
+    change = {"hosted": far, "second_judges": [{"judge": "configs/evaluate/judges/gpt-4.1-harmfulness.yaml"}]}
+
+    def gpus(**more) -> dict[str, int]:
+        return {s.id: s.gpus for s in build_plan(build(Experiment, values(tmp_path, **change, **more), where="test"))}
+
+    found = gpus(device="cuda")
+    own = ("train-mini-trivia-misaligned-s0", "sample-mini-base", "judge-mini-base", "golden-tiny")
+    assert [found[name] for name in own] == [1, 1, 1, 1]
+    assert [found[name] for name in ("sample-far", "judge-gpt-4.1-harmfulness-mini-base", "tables")] == [0, 0, 0]
+    assert set(gpus().values()) == {0}
+    shared = gpus(device="cuda", needs={"sample": {"gpus": 0}})
+    assert (shared["sample-mini-base"], shared["judge-mini-base"]) == (0, 1)
+    assert not any(s.gpus for s in build_plan(load(Experiment, EXPERIMENTS / "nano.yaml", ["device=cuda"])))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
