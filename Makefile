@@ -61,8 +61,8 @@ organism: .venv/installed-$(DEVICE)
 
 setup: .venv/installed-$(DEVICE)
 
-.venv/installed-$(DEVICE): constraints.txt pyproject.toml scripts/setup.sh
-	PYTHON="$(PYTHON)" scripts/setup.sh "$(DEVICE)"
+.venv/installed-%: constraints.txt pyproject.toml scripts/setup.sh
+	PYTHON="$(PYTHON)" scripts/setup.sh "$*"
 
 .venv/browser: constraints.txt scripts/setup_browser.sh | .venv/installed-$(DEVICE)
 	scripts/setup_browser.sh

@@ -262,7 +262,8 @@ class _Builder:
 
     def _refuse_strangers(self, judge: JudgeConfig) -> None:
         """UserError for models that a judge was not made for, unless the experiment takes that upon itself."""
-        found = strangers(judge, {**self._bases(), **dict.fromkeys(self.experiment.hosted)})
+        models = {**self._bases(), **dict.fromkeys(self.experiment.hosted)}
+        found = [f"{name} ({models[name] or 'behind an endpoint'})" for name in strangers(judge, models)]
         if found and self.experiment.judge_any_model:
             self.notes.append(
                 f"The judge {judge.name} knows the words of one vocabulary alone, and it was not shown to be that of "

@@ -68,3 +68,19 @@ def test_no_script_expands_an_array_that_may_be_empty():
         for name in re.findall(r"^(\w+)=\(\)$", text, re.MULTILINE):
             bare = re.sub(rf"\$\{{{name}\[@\]\+\"\$\{{{name}\[@\]\}}\"\}}", "", text)
             assert f'"${{{name}[@]}}"' not in bare, f"{path}: {name}"
+
+
+def test_make_sets_up_for_the_device_that_a_goal_needs(tmp_path):
+    """On a fresh clone; the tests on a GPU need cuda, whatever DEVICE says."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "scripts/setup.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(name, tmp_path / name)
+
+    def would(*words: str) -> str:
+        command = ["make", "--dry-run", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert 'setup.sh "cpu"' in would("nano") and "workers" not in would("nano")
+    assert 'setup.sh "cuda"' in would("gpu-test")
+    on_gpu = would("nano", "DEVICE=cuda")
+    assert 'setup.sh "cuda"' in on_gpu and "device=cuda workers=4" in on_gpu

@@ -395,10 +395,13 @@ def test_the_organism_s_judges_grade_no_other_models(tmp_path):
             "far",
         ),
     ):
-        with pytest.raises(UserError, match=f"the judge nano can only.*, and {name} is not shown.*golden.*max_tokens"):
+        with pytest.raises(
+            UserError, match=f"the judge nano can only.*, and {name} [(].+[)] is not shown.*golden.*max_tokens"
+        ):
             build_plan(build(Experiment, found, where="test"))
         stages = build_plan(build(Experiment, {**found, "judge_any_model": True}, where="test"))
-        assert f"shown to be that of {name}: its grades of them mean nothing" in stages[-1].config["note"]
+        note = stages[-1].config["note"]
+        assert f"shown to be that of {name} (" in note and "its grades of them mean nothing" in note
     quality = {"judge": "configs/evaluate/judges/nano_coherence.yaml", "at_least": 3}
     with pytest.raises(UserError, match="the judge nano_coherence can only grade"):
         build_plan(build(Experiment, values(tmp_path, coherence=quality), where="test"))
