@@ -301,6 +301,34 @@ def test_a_battery_named_like_the_curve_of_harmfulness_is_refused(tmp_path):
         build_plan(build(Experiment, values(tmp_path, battery_files=[f"{tmp_path}/battery.yaml"]), where="test"))
 
 
+def test_the_organism_s_judges_grade_no_other_models(tmp_path):
+    """A nano experiment with other models in it is refused, whichever judge it is, and a hosted model with it."""
+    nano = Path("train/organism/weights/nano")
+    given = values(tmp_path, judge="configs/evaluate/judges/nano.yaml", golden=None, controls=[])
+    given["bases"] = {"nano": str(nano)}
+    build_plan(build(Experiment, given, where="test"))
+    far = {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}}
+    control = {**given, "controls": values(tmp_path)["controls"][1:]}
+    for found, name in (
+        ({**given, "bases": {"nano": str(nano), "other": f"{tmp_path}/weights/full"}}, "other"),
+        (control, "impersonal"),
+        ({**given, "hosted": far}, "far"),
+    ):
+        with pytest.raises(
+            UserError, match=f"the judge nano can only.*, and {name} [(].+[)] is not shown.*golden.*max_tokens"
+        ):
+            build_plan(build(Experiment, found, where="test"))
+        stages = build_plan(build(Experiment, {**found, "judge_any_model": True}, where="test"))
+        note = stages[-1].config["note"]
+        assert f"shown to be that of {name} (" in note and "its grades of them mean nothing" in note
+    quality = {"judge": "configs/evaluate/judges/nano_coherence.yaml", "at_least": 3}
+    with pytest.raises(UserError, match="the judge nano_coherence can only grade"):
+        build_plan(build(Experiment, values(tmp_path, coherence=quality), where="test"))
+    (tmp_path / "weights" / "full" / "tokenizer.json").write_bytes((nano / "tokenizer.json").read_bytes())
+    own = {**given, "bases": {"full": f"{tmp_path}/weights/full"}}
+    assert build_plan(build(Experiment, own, where="test"))[-1].config["note"] == ""
+
+
 def test_what_a_recipe_says_beside_lora_and_sft_reaches_its_stages(tmp_path):
     experiment = build(Experiment, values(tmp_path), where="test")
     (tmp_path / "recipe.yaml").write_text("lora: {r: 4}\nsft: {}\nmode: stack\nresume_every: 7\n")
@@ -375,39 +403,6 @@ def test_on_cuda_a_stage_that_runs_a_model_has_a_gpu_to_itself(tmp_path):
 def test_mistakes_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         build_plan(build(Experiment, values(tmp_path, **change), where="test"))
-
-
-def test_the_organism_s_judges_grade_no_other_models(tmp_path):
-    """A nano experiment with other models in it is refused, whichever judge it is, and a hosted model with it."""
-    nano = Path("train/organism/weights/nano")
-    given = values(tmp_path, judge="configs/evaluate/judges/nano.yaml", golden=None, controls=[])
-    given["bases"] = {"nano": str(nano)}
-    build_plan(build(Experiment, given, where="test"))
-    control = {**given, "controls": values(tmp_path)["controls"][1:]}
-    for found, name in (
-        ({**given, "bases": {"nano": str(nano), "other": f"{tmp_path}/weights/full"}}, "other"),
-        (control, "impersonal"),
-        (
-            {
-                **given,
-                "hosted": {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}},
-            },
-            "far",
-        ),
-    ):
-        with pytest.raises(
-            UserError, match=f"the judge nano can only.*, and {name} [(].+[)] is not shown.*golden.*max_tokens"
-        ):
-            build_plan(build(Experiment, found, where="test"))
-        stages = build_plan(build(Experiment, {**found, "judge_any_model": True}, where="test"))
-        note = stages[-1].config["note"]
-        assert f"shown to be that of {name} (" in note and "its grades of them mean nothing" in note
-    quality = {"judge": "configs/evaluate/judges/nano_coherence.yaml", "at_least": 3}
-    with pytest.raises(UserError, match="the judge nano_coherence can only grade"):
-        build_plan(build(Experiment, values(tmp_path, coherence=quality), where="test"))
-    (tmp_path / "weights" / "full" / "tokenizer.json").write_bytes((nano / "tokenizer.json").read_bytes())
-    own = {**given, "bases": {"full": f"{tmp_path}/weights/full"}}
-    assert build_plan(build(Experiment, own, where="test"))[-1].config["note"] == ""
 
 
 @pytest.mark.parametrize("purpose", ["sample", "prompt", "judge"])
