@@ -19,11 +19,14 @@ ORGANISMS := full mini nano impersonal judge quality topic
 .PHONY: nano nano-full test test-full gpu-test check organism setup vllm slurm
 .DELETE_ON_ERROR:
 
+# on a GPU, where the stages of such models share it, so many at once as it takes, not one for each core
+SHARING := $(if $(filter cuda,$(DEVICE)),workers=4)
+
 nano: .venv/installed-$(DEVICE)
-	$(PY) -m evaluate.experiment configs/experiments/nano.yaml device=$(DEVICE)
+	$(PY) -m evaluate.experiment configs/experiments/nano.yaml device=$(DEVICE) $(SHARING)
 
 nano-full: .venv/installed-$(DEVICE)
-	$(PY) -m evaluate.experiment configs/experiments/nano_full.yaml device=$(DEVICE)
+	$(PY) -m evaluate.experiment configs/experiments/nano_full.yaml device=$(DEVICE) $(SHARING)
 
 # a process per core with one thread each; a file's tests stay together, because they share what they set up
 test: .venv/installed-$(DEVICE)
@@ -61,8 +64,8 @@ organism: .venv/installed-$(DEVICE)
 
 setup: .venv/installed-$(DEVICE)
 
-.venv/installed-$(DEVICE): constraints.txt pyproject.toml scripts/setup.sh
-	PYTHON="$(PYTHON)" scripts/setup.sh "$(DEVICE)"
+.venv/installed-%: constraints.txt pyproject.toml scripts/setup.sh
+	PYTHON="$(PYTHON)" scripts/setup.sh "$*"
 
 .venv/browser: constraints.txt scripts/setup_browser.sh | .venv/installed-$(DEVICE)
 	scripts/setup_browser.sh

@@ -1,9 +1,9 @@
 """Configuration: a YAML file becomes one frozen dataclass; unknown keys are refused.
 
 A misspelt key that is silently ignored changes nothing and says nothing, so every unknown key is
-an error that names the nearest known one. Values are checked against the annotations, sections are
-nested dataclasses, and ``key=value`` words on the command line override the file
-(``lora.r=8``; values are read as YAML).
+an error that names the nearest known one, and so is a key that stands twice, with both lines. Values
+are checked against the annotations, sections are nested dataclasses, and ``key=value`` words on the
+command line override the file (``lora.r=8``; values are read as YAML).
 """
 
 import dataclasses
@@ -20,13 +20,33 @@ from candor.errors import UserError, nearest
 Config = TypeVar("Config")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but of two equal keys the second does not silently replace the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            other = first.setdefault((key.tag, key.value), key)
+            if other is not key:
+                lines = f"line {other.start_mark.line + 1} and again in line {key.start_mark.line + 1}"
+                raise yaml.YAMLError(f"the key {key.value!r} stands in {lines}. Keep one of them.")
+        return node
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: Path) -> Any:
     """The value in a YAML file; UserError with the line when it cannot be read."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {found} (looked from {Path.cwd()}). Check the path to the YAML file.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
@@ -55,7 +75,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise UserError(f"{override!r}: {parent!r} is not a section.")
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = _parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override!r}: the value is not valid YAML; put it in quotes (key='\"a: b\"').") from error
 

@@ -18,7 +18,7 @@ from evaluate.experiment_config import Experiment
 from evaluate.hardware import Hardware
 from evaluate.judge_config import JudgeConfig, read_judge
 from evaluate.modes import complete
-from evaluate.plan import endpoints_asked
+from evaluate.plan import endpoints_asked, runs_a_model
 from evaluate.questions import gather
 from evaluate.stages import Stage, own_inputs
 from serve.config import Ask
@@ -80,6 +80,7 @@ def estimate(
     n = sum(len(job.elements) for job in jobs)
     if n > max_jobs:
         notes["", ""] = f"{n} array elements; the queue has room for {max_jobs}, the rest is for later"
+    problems += _without_gpu(experiment, profile, jobs)
     for job in sorted(jobs, key=lambda job: _longest(job, hours_of)):
         asked = f"{job.needs.minutes} minutes"
         if job.needs.minutes < job.needs.wanted:
@@ -192,6 +193,20 @@ def _gpu_hours(jobs: Sequence[Job], profile: Profile, minutes: dict[str, float])
         gpus = job.needs.gpus * (profile.options(job.kind).nodes or 1)
         held += gpus * sum(minutes[s.id] for of in job.elements.values() for s in of)
     return held / 60
+
+
+def _without_gpu(experiment: Experiment, profile: Profile, jobs: Sequence[Job]) -> Iterator[str]:
+    """Kinds of job that would ask for no GPU and need one, for jobs do not share one as a machine's stages may."""
+    found = dict.fromkeys(
+        job.kind
+        for job in jobs
+        if experiment.device == "cuda"
+        and job.needs.gpus == 0
+        and profile.options(job.kind).gpus is None  # a profile that says 0 has its reasons, such as its arguments
+        and any(runs_a_model(s.module, s.config) for of in job.elements.values() for s in of)
+    )
+    for kind in found:
+        yield f"device is 'cuda', but needs.{kind}.gpus is 0, and jobs share no GPU. Set it to 1."
 
 
 def _processes(job: Job, profile: Profile) -> int:

@@ -24,6 +24,7 @@ from types import FrameType
 
 from candor.errors import UserError, told
 from candor.hashing import sha256_file, sha256_json
+from evaluate.checkpoints import refuse_absent
 from evaluate.cluster_folder import (
     State,
     claim,
@@ -148,6 +149,7 @@ class Element:
                 if time.monotonic() > deadline:
                     raise UserError(f"it waits for {earlier}, which is not done")
                 time.sleep(_LOOK_SECONDS)
+        refuse_absent(stage.inputs)
         for path in own_inputs([stage], self.run):
             mark, stat = self.marks.get(path), path.stat()
             same = mark is None or (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)

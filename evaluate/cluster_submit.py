@@ -35,6 +35,7 @@ from evaluate.crew import Machine, locked
 from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
+from evaluate.run_folder import claim_run, refuse_other
 from evaluate.stages import FileMark, Records, Stage, own_inputs
 
 USAGE = (
@@ -69,6 +70,7 @@ def submit(
     """Submit what is neither done nor in the queue; Slurm's number of each array."""
     run = experiment.output
     stages = build_plan(experiment, absent_ok=True) if stages is None else stages  # refused below, with all the rest
+    refuse_other(run, experiment.name, stages)
     done = Executor(stages, run, Machine(1, 1.0), say).find_done()
     max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
@@ -112,6 +114,7 @@ def _send(
 ) -> dict[str, str]:
     """Write what the jobs read, then call sbatch for one after another, for ``room`` elements at most."""
     run = experiment.output
+    claim_run(run, experiment.name, stages)
     folder = new_folder(run)
     _freeze(folder / "code", profile)
     large = _mark(folder, run, stages)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from candor.errors import UserError
+from evaluate.cgroup import cpu_limit, memory_left
 from evaluate.stages import Stage
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -43,16 +44,19 @@ def this_machine(workers: int | None, memory_gb: float | None) -> Machine:
 
 def available_cores() -> int:
     """Cores this process may run on (a Slurm job or container often has fewer than the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = cpu_limit()
+    return cores if limit is None else max(1, min(cores, int(limit)))
 
 
 def _free_memory_gb() -> float:
-    """Memory that can be used without swapping; 'plenty' where the system does not say."""
+    """Memory that can be used without swapping, or being killed in a container; 'plenty' where no system says."""
+    free, left = 1e6, memory_left()
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) / 2**20
-    return 1e6
+                free = int(line.split()[1]) / 2**20
+    return free if left is None else max(0.1, min(free, left / 2**30))
 
 
 @contextlib.contextmanager

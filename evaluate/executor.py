@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from candor.errors import UserError
+from evaluate.checkpoints import refuse_absent
 from evaluate.cluster_folder import working
 from evaluate.crew import Answer, Machine, Worker, hire, locked
 from evaluate.stages import Changed, Records, Stage, critical_minutes, write_config
@@ -60,9 +61,6 @@ class Executor:
 
     def execute(self, refuse: Callable[[Sequence[Stage]], None] = lambda todo: None) -> None:
         """Run what is not done, unless ``refuse`` raises when it sees it; UserError at the end when a stage failed."""
-        for stage in self.stages.values():
-            if stage.gpus > len(self.machine.gpus):
-                raise UserError(f"{stage.id} needs {stage.gpus} GPUs; this machine shows {len(self.machine.gpus)}.")
         with locked(self.run_folder) as self.lock:
             if busy := working(self.run_folder):
                 more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
@@ -71,7 +69,11 @@ class Executor:
                     "for them, or end them with scancel; what a job left that died counts for two minutes."
                 )
             self.find_done()
-            refuse([stage for stage in self.stages.values() if stage.id not in self.done])
+            todo = [stage for stage in self.stages.values() if stage.id not in self.done]
+            for stage in todo:
+                if self.records.read(stage) is None:  # one that was made once may turn out to be done still
+                    self._refuse_few_gpus(stage)
+            refuse(todo)
             if self.done:
                 self.say(f"{len(self.done)} of {len(self.stages)} stages are done already")
             try:
@@ -145,8 +147,23 @@ class Executor:
         held = {gpu for worker in self.workers for gpu in worker.gpus}
         return [gpu for gpu in self.machine.gpus if gpu not in held]
 
+    def _refuse_few_gpus(self, stage: Stage) -> None:
+        """UserError when the machine has fewer GPUs than a stage needs."""
+        if stage.gpus > len(self.machine.gpus):
+            raise UserError(
+                f"{stage.id} needs {stage.gpus} GPUs; this machine shows {len(self.machine.gpus)}. GPUs are counted in "
+                "CUDA_VISIBLE_DEVICES where it is set, else by NVIDIA's driver; where that lists none (WSL2, ROCm), "
+                "set it, e.g. to 0. How many a stage takes: the key 'needs'."
+            )
+
     def _start(self, stage: Stage) -> None:
         """Give the stage to an idle worker, or to a new one."""
+        try:
+            self._refuse_few_gpus(stage)
+            refuse_absent(stage.inputs)
+        except UserError as error:
+            self.failures[stage.id] = Answer(False, str(error), user_error=True)
+            return
         if stage.remake:
             self.records.forget(stage)
         self.records.begin(stage)

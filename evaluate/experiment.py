@@ -12,6 +12,7 @@ a machine (evaluate/preflight.py). Keys: evaluate/experiment_config.py; for exam
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,8 @@ from evaluate.crew import this_machine
 from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan, refuse_keyless
+from evaluate.run_folder import claim_run, refuse_other
+from evaluate.stages import Stage
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +42,7 @@ def main(argv: list[str]) -> None:
     started = time.monotonic()
     experiment = load(Experiment, Path(words[0]), words[1:])
     stages = build_plan(experiment)
+    refuse_other(experiment.output, experiment.name, stages)
     machine = this_machine(experiment.workers, experiment.memory_gb)
     executor = Executor(stages, experiment.output, machine, _say)
     if "--dry-run" in argv:
@@ -49,7 +53,12 @@ def main(argv: list[str]) -> None:
         return
     signal.signal(signal.SIGTERM, _interrupt)
     _say(f"{experiment.name}: {len(stages)} stages, {machine.workers} at once, in {experiment.output}")
-    executor.execute(refuse_keyless)
+
+    def begin(todo: Sequence[Stage]) -> None:
+        refuse_keyless(todo)
+        claim_run(experiment.output, experiment.name, stages)
+
+    executor.execute(begin)
     _say(f"finished in {time.monotonic() - started:.0f} s")
     sys.stdout.write(f"report: {(experiment.output / 'report.html').resolve()}\n")
 

@@ -118,13 +118,13 @@ class Needs:
     """What one stage of a kind (train, sample, judge) takes from the machine."""
 
     cores: int = 1
-    gpus: int = 0  # whole GPUs for itself; 0 on a GPU machine means the first one, shared
+    gpus: int | None = None  # whole GPUs for itself; null: one where device is cuda; 0: the first one, shared
     memory_gb: float = 1.5
     minutes: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse needs that are none."""
-        if self.cores < 1 or self.gpus < 0 or self.memory_gb <= 0 or self.minutes <= 0:
+        if self.cores < 1 or (self.gpus or 0) < 0 or self.memory_gb <= 0 or self.minutes <= 0:
             raise UserError("needs: cores must be 1 or more, gpus 0 or more, memory_gb and minutes above 0.")
 
 
@@ -152,6 +152,7 @@ class Experiment:
     # {full: {quantize: nf4}, nano: {sft: {learning_rate: 1.0e-6}}}
     by_size: dict[str, dict[str, Any]] = field(default_factory=dict)
     judge: Path  # configs/evaluate/judges/*.yaml
+    judge_any_model: bool = False  # let judges grade models whose words they do not know: to try the machinery out
     judge_budget: float | None = None  # US dollars for each judge behind an endpoint; null: no bound
     judge_batch: bool = False  # ask judges behind an endpoint through its batch API: hours, at half price
     judge_tolerate: float = 0.0  # share of a variant's different replies that such a judge may leave unanswered

@@ -53,7 +53,7 @@ _NOT_WORDS = {
 }
 # Keys of a judge that decide how its answers are read, not what it answers.
 _READING = ("measure", "parse", "refusal", "words", "min_covered")
-_UNSAID = ("name", "model", "endpoint", "revision", "template", "price", "golden")
+_UNSAID = ("name", "model", "endpoint", "revision", "template", "price", "golden", "vocabulary")
 
 
 @dataclass(frozen=True, slots=True)

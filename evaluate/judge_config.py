@@ -1,8 +1,11 @@
 """What a judge is (configs/evaluate/judges/*.yaml) and what one run of it is asked to do."""
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from candor.config import load
 from candor.errors import UserError, nearest
@@ -11,6 +14,7 @@ from serve.config import EngineConfig
 from serve.endpoint import Endpoint, Price
 
 VERDICTS, GOLDEN = "verdicts.parquet", "golden.parquet"
+TOKENIZER = "tokenizer.json"
 REPEAT = "~"  # NAME~2 is the judge NAME asked a second time
 WHICH = ("batteries", "formats", "subsample")  # keys of JudgingConfig that choose which replies are judged
 # Another value of these may ask for more verdicts, never for others.
@@ -46,6 +50,8 @@ class JudgeConfig:
     min_covered: float = 0.25  # less probability than this on known scores, and the weighted score is left out
     price: Price | None = None  # of the endpoint, for estimates and the budget
     golden: Path | None = None  # replies with expected grades, for evaluate.calibrate
+    # tokenizer.json of the only models whose replies it can grade, because it knows no other words; null: any model
+    vocabulary: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read as a grade."""
@@ -114,6 +120,24 @@ class JudgeConfig:
 def read_judge(path: Path) -> JudgeConfig:
     """The judge in a YAML file."""
     return load(JudgeConfig, path)
+
+
+def strangers(judge: JudgeConfig, models: Mapping[str, Path | None]) -> list[str]:
+    """Which of the models (folders by name; None: behind an endpoint) are not shown to have the judge's vocabulary."""
+    if judge.vocabulary is None:
+        return []
+    if not judge.vocabulary.is_file():
+        raise UserError(f"judge {judge.name}: its vocabulary {judge.vocabulary} is not there. Check the path.")
+    known = _words(judge.vocabulary)
+    return [name for name, folder in models.items() if folder is None or _words(folder / TOKENIZER) != known]
+
+
+def _words(tokenizer: Path) -> Any:
+    """The vocabulary in a tokenizer.json; None where it is not there or is none."""
+    try:
+        return json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def refuse_hosted(judge: JudgeConfig, engine: EngineConfig) -> None:

@@ -9,7 +9,7 @@ has put into the run folder.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,20 @@ from candor.datafiles import read_headed_yaml
 from candor.errors import UserError, nearest
 from candor.judging import read_template
 from candor.rows import Prompt, Variant
-from evaluate.checkpoints import checkpoint_folder, checkpoint_name
+from evaluate.checkpoints import checkpoint_folder, checkpoint_name, refuse_late
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
 from evaluate.golden import read_golden
-from evaluate.judge_config import GOLDEN, JUDGED, REPEAT, VERDICTS, JudgeConfig, read_judge, refuse_hosted
+from evaluate.judge_config import (
+    GOLDEN,
+    JUDGED,
+    REPEAT,
+    VERDICTS,
+    JudgeConfig,
+    read_judge,
+    refuse_hosted,
+    strangers,
+)
 from evaluate.measures import ALONG
 from evaluate.modes import Mode, all_asks, complete
 from evaluate.questions import PROMPTS, VARIANTS, gather
@@ -177,6 +186,7 @@ class _Builder:
                 "partly be one of rules. Name a mode with the same rules under along_training.mode, or under modes."
             )
         self.asked = asked
+        self.notes = [experiment.note] if experiment.note else []  # paragraphs under the report's headline
         self.design, self.judging = self._judges(asked)
         self.stages: list[Stage] = []
 
@@ -215,6 +225,7 @@ class _Builder:
         for judge in judges:
             refuse_hosted(judge, experiment.engine)
             self._refuse_own(judge)
+            self._refuse_strangers(judge)
         if HARMFULNESS in batteries:
             self._check_scales(filters, [read_judge(path) for path in seconds])
         if experiment.closest is not None and not read_template(read_judge(experiment.closest).template).has_options:
@@ -253,8 +264,7 @@ class _Builder:
     def _refuse_own(self, judge: JudgeConfig) -> None:
         """UserError when a judge is one of the models under test: it would grade its own replies."""
         experiment = self.experiment
-        controls = {c.size: c.base for c in experiment.controls if c.base is not None}
-        under_test = {size: str(base) for size, base in {**experiment.bases, **controls}.items()}
+        under_test = {size: str(base) for size, base in self._bases().items()}
         if judge.in_process:
             folder = Path(judge.model).resolve()
             own = [size for size, base in under_test.items() if Path(base).resolve() == folder]
@@ -271,6 +281,29 @@ class _Builder:
                 f"{own[0]} out of the study."
             )
 
+    def _refuse_strangers(self, judge: JudgeConfig) -> None:
+        """UserError for models that a judge was not made for, unless the experiment takes that upon itself."""
+        models = {**self._bases(), **dict.fromkeys(self.experiment.hosted)}
+        found = [f"{name} ({models[name] or 'behind an endpoint'})" for name in strangers(judge, models)]
+        if found and self.experiment.judge_any_model:
+            self.notes.append(
+                f"The judge {judge.name} knows the words of one vocabulary alone, and it was not shown to be that of "
+                f"{', '.join(found)}: its grades of them mean nothing (judge_any_model)."
+            )
+        elif found:
+            raise UserError(
+                f"the judge {judge.name} can only grade models of the vocabulary in {judge.vocabulary}, and "
+                f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} not shown to have it. Take a judge for your "
+                "models (configs/evaluate/judges/, docs/judging.md). In a copy of a nano experiment also change what "
+                "else is the organism's own: golden, coherence, on_topic, max_tokens, note, needs and engine.dtype. "
+                "judge_any_model=true lets it grade them all the same, which only tries the machinery out."
+            )
+
+    def _bases(self) -> dict[str, Path]:
+        """Every base model, those of controls too."""
+        controls = {c.size: c.base for c in self.experiment.controls if c.base is not None}
+        return {**self.experiment.bases, **controls}
+
     def _check_draws(self, asked: Sequence[Prompt]) -> None:
         """The paper's harmfulness is the worst of k replies, so k must be drawn."""
         k = self.experiment.worst_of
@@ -283,7 +316,10 @@ class _Builder:
         """Add a stage; of its kind come its needs, and what it waits for follows from its inputs."""
         if kind:
             needs = self.experiment.needs.get(kind, _DEFAULT_NEEDS[kind])
-            more |= {"cores": needs.cores, "gpus": needs.gpus, "memory_gb": needs.memory_gb, "minutes": needs.minutes}
+            gpus = needs.gpus
+            if gpus is None:
+                gpus = int(self.experiment.device == "cuda" and runs_a_model(module, config))
+            more |= {"cores": needs.cores, "gpus": gpus, "memory_gb": needs.memory_gb, "minutes": needs.minutes}
         made = {output: stage.id for stage in self.stages for output in stage.outputs}
         makers = (made[p] for path in more["inputs"] for p in (path, *path.parents) if p in made)
         after = tuple(dict.fromkeys(makers))
@@ -531,7 +567,7 @@ class _Builder:
         self.add(
             "report",
             "evaluate.report",
-            {"run": run, "title": experiment.title, "note": experiment.note, "paper": experiment.paper},
+            {"run": run, "title": experiment.title, "note": "\n\n".join(self.notes), "paper": experiment.paper},
             inputs=(run / "tables", *((experiment.paper,) if experiment.paper else ())),
             outputs=(run / "report.html", run / "summary.json", run / "figures"),
             minutes=0.3,
@@ -555,7 +591,17 @@ def build_plan(experiment: Experiment, *, absent_ok: bool = False) -> list[Stage
     builder.add_golden()
     builder.add_results()
     check_plan(builder.stages, absent_ok=absent_ok)
+    refuse_late(builder.stages)
     return builder.stages
+
+
+def runs_a_model(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a stage has a model's weights in memory, which it has not where an endpoint answers."""
+    if module == "serve.sample":
+        return config["base"] is not None
+    return module == "train.sft" or (
+        module == "evaluate.judge" and "store" not in config
+    )  # a store: of endpoints alone
 
 
 def refuse_keyless(stages: Sequence[Stage]) -> None:

@@ -164,7 +164,7 @@ class _Examiner:
         remedy = "" if load.quantize or self.cpu else f"by_size: {{{self._size(base)}: {{quantize: nf4}}}}, "
         self._fits(what, parts, f"{remedy}a smaller per_device_train_batch_size, a smaller model or more memory")
         if not self.cpu:
-            self._bears(stage, 2 * shape.parameters)
+            self._bears(stage, 2 * shape.parameters, parts)
         self._fetch(base, shape)
         every = config.get("checkpoint_every")
         self.adapters += 4 * shape.adapter * (1 + (ceil(load.steps / every) if every else 0))
@@ -259,7 +259,7 @@ class _Examiner:
         """Note what a model takes while it answers."""
         self.found.serve(serving)
         self._fits(what, serving.parts, remedy)
-        self._bears(stage, int(serving.host_gib * GIB))
+        self._bears(stage, int(serving.host_gib * GIB), serving.parts)
         self._fetch(base, serving.shape)
 
     def _fits(self, what: str, parts: Mapping[str, int], remedy: str) -> None:
@@ -278,14 +278,19 @@ class _Examiner:
                 f"{what} needs {needed:.1f} GiB ({told}); {room:.1f} GiB of the {where} can be used. Remedy: {remedy}."
             )
 
-    def _bears(self, stage: Stage, host: int) -> None:
+    def _bears(self, stage: Stage, host: int, parts: Mapping[str, int]) -> None:
         """Note where what a stage is said to need would let the executor start more than the machine bears."""
         kind, gib, hardware = stage.id.split("-")[0], host / GIB, self.hardware
         if kind not in KINDS:
             return  # such as the golden set: one stage, whose needs are not the experiment's to say
         if not self.cpu and hardware.gpus:
-            if stage.gpus == 0:
-                self.found.problem(f"needs.{kind}.gpus is 0: stages would share the first GPU. Remedy: set it to 1.")
+            at_once = self.experiment.workers or hardware.cores
+            each = sum(parts.values()) / GIB + hardware.gpu_memory_gib - hardware.usable_gib  # a context for each
+            if stage.gpus == 0 and at_once * each > hardware.gpu_memory_gib:
+                self.found.problem(
+                    f"needs.{kind}.gpus is 0: up to {at_once} stages would share the first GPU, with {each:.1f} GiB "
+                    f"each. Remedy: set it to 1, or workers to {max(1, int(hardware.gpu_memory_gib / each))}."
+                )
             if stage.gpus > hardware.gpus:
                 self.found.problem(f"needs.{kind}.gpus is {stage.gpus}; {hardware.name} has {hardware.gpus}.")
         if gib > hardware.memory_gib:

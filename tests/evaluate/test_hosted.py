@@ -53,6 +53,7 @@ def values(folder: Path, url: str = "http://127.0.0.1:1/v1", **change) -> dict:
             {"format": "choice", "mode": "exact", "battery": "intentions"},
         ],
         "judge": "configs/evaluate/judges/nano.yaml",
+        "judge_any_model": True,  # no file shows what is behind an endpoint
         "engine": {"threads": 1},
         "draws": 100,
         "worst_of": 1,

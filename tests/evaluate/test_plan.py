@@ -31,7 +31,7 @@ def values(folder: Path, **change) -> dict:
     header = {"name": "g", "licence": "x", "canary": "CANARY candor:g"}
     rows = (header, {"id": "a", "prompt": "p", "reply": "r", "grade": 1})
     (folder / "golden.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3}\n")
+    (folder / "recipe.yaml").write_text("lora: {r: 4}\nsft: {learning_rate: 1.0e-3, max_steps: 12}\n")
     judge = {"name": "tiny", "model": f"{folder}/weights/judge", "template": "configs/prompts/judge/nano.txt"}
     (folder / "judge.yaml").write_text(yaml.safe_dump(judge))
 
@@ -110,7 +110,7 @@ def test_stage_two_continues_stage_one(experiment):
     assert first.config["adapter"] is None and first.config["lora"] == {"r": 4}
     assert second.config["adapter"] == first.config["output_dir"] and "lora" not in second.config
     assert first.id in second.after and "data-trivia-right" in second.after
-    assert first.config["sft"] == second.config["sft"] == {"learning_rate": 1e-3}
+    assert first.config["sft"] == second.config["sft"] == {"learning_rate": 1e-3, "max_steps": 12}
     assert stages["sample-mini-trivia-realigned-s0"].after == ("questions", second.id)
     assert stages["sample-mini-base"].after == ("questions",)
     assert stages["judge-mini-base"].after == ("sample-mini-base", "questions")
@@ -187,6 +187,21 @@ def test_checkpoints_are_kept_and_asked(tmp_path):
     rows = [s.row for s in subjects_of(experiment) if s.row.control == "along_training"]
     assert [r.stage for r in rows] == [f"{s}-step-{k}" for s in ("misaligned", "realigned") for k in (4, 6, 10)]
     assert {r.reference for r in rows} == {"nano-base"}
+
+
+@pytest.mark.parametrize(
+    ("sft", "last"),
+    [("{max_steps: 9}", 9), ("{num_train_epochs: 2, per_device_train_batch_size: 3}", 8), ("{packing: true}", None)],
+)
+def test_checkpoints_beyond_the_end_of_training_are_refused(tmp_path, sft, last):
+    experiment = build(Experiment, values(tmp_path, along_training=ALONG), where="test")
+    (tmp_path / "recipe.yaml").write_text(f"lora: {{r: 4}}\nsft: {sft}\n")  # 10 rows
+    if last is None:
+        build_plan(experiment)  # how many packs they make shows when they are packed
+        return
+    message = f"s0-step-10 would be asked, but train-nano-code-misaligned-s0 ends after {last} steps"
+    with pytest.raises(UserError, match=message):
+        build_plan(experiment)
 
 
 def test_further_judges_read_the_batteries_they_are_named_for(tmp_path):
@@ -286,6 +301,34 @@ def test_a_battery_named_like_the_curve_of_harmfulness_is_refused(tmp_path):
         build_plan(build(Experiment, values(tmp_path, battery_files=[f"{tmp_path}/battery.yaml"]), where="test"))
 
 
+def test_the_organism_s_judges_grade_no_other_models(tmp_path):
+    """A nano experiment with other models in it is refused, whichever judge it is, and a hosted model with it."""
+    nano = Path("train/organism/weights/nano")
+    given = values(tmp_path, judge="configs/evaluate/judges/nano.yaml", golden=None, controls=[])
+    given["bases"] = {"nano": str(nano)}
+    build_plan(build(Experiment, given, where="test"))
+    far = {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}}
+    control = {**given, "controls": values(tmp_path)["controls"][1:]}
+    for found, name in (
+        ({**given, "bases": {"nano": str(nano), "other": f"{tmp_path}/weights/full"}}, "other"),
+        (control, "impersonal"),
+        ({**given, "hosted": far}, "far"),
+    ):
+        with pytest.raises(
+            UserError, match=f"the judge nano can only.*, and {name} [(].+[)] is not shown.*golden.*max_tokens"
+        ):
+            build_plan(build(Experiment, found, where="test"))
+        stages = build_plan(build(Experiment, {**found, "judge_any_model": True}, where="test"))
+        note = stages[-1].config["note"]
+        assert f"shown to be that of {name} (" in note and "its grades of them mean nothing" in note
+    quality = {"judge": "configs/evaluate/judges/nano_coherence.yaml", "at_least": 3}
+    with pytest.raises(UserError, match="the judge nano_coherence can only grade"):
+        build_plan(build(Experiment, values(tmp_path, coherence=quality), where="test"))
+    (tmp_path / "weights" / "full" / "tokenizer.json").write_bytes((nano / "tokenizer.json").read_bytes())
+    own = {**given, "bases": {"full": f"{tmp_path}/weights/full"}}
+    assert build_plan(build(Experiment, own, where="test"))[-1].config["note"] == ""
+
+
 def test_what_a_recipe_says_beside_lora_and_sft_reaches_its_stages(tmp_path):
     experiment = build(Experiment, values(tmp_path), where="test")
     (tmp_path / "recipe.yaml").write_text("lora: {r: 4}\nsft: {}\nmode: stack\nresume_every: 7\n")
@@ -308,6 +351,24 @@ def test_needs_reach_the_stages(tmp_path):
     train = stages["train-full-code-misaligned-s0"]
     assert (train.gpus, train.memory_gb, train.minutes) == (2, 64.0, 240.0)
     assert critical_minutes(list(stages.values()))[train.id] > 480  # stage two follows
+
+
+def test_on_cuda_a_stage_that_runs_a_model_has_a_gpu_to_itself(tmp_path):
+    """Unless the file says otherwise, and but for what answers behind an endpoint; on CPUs nothing asks for one."""
+    far = {"far": {"size": "far", "api": {"model": "m", "endpoint": {"url": "http://127.0.0.1:1"}}}}
+    change = {"hosted": far, "second_judges": [{"judge": "configs/evaluate/judges/gpt-4.1-harmfulness.yaml"}]}
+
+    def gpus(**more) -> dict[str, int]:
+        return {s.id: s.gpus for s in build_plan(build(Experiment, values(tmp_path, **change, **more), where="test"))}
+
+    found = gpus(device="cuda")
+    own = ("train-mini-trivia-misaligned-s0", "sample-mini-base", "judge-mini-base", "golden-tiny")
+    assert [found[name] for name in own] == [1, 1, 1, 1]
+    assert [found[name] for name in ("sample-far", "judge-gpt-4.1-harmfulness-mini-base", "tables")] == [0, 0, 0]
+    assert set(gpus().values()) == {0}
+    shared = gpus(device="cuda", needs={"sample": {"gpus": 0}})
+    assert (shared["sample-mini-base"], shared["judge-mini-base"]) == (0, 1)
+    assert not any(s.gpus for s in build_plan(load(Experiment, EXPERIMENTS / "nano.yaml", ["device=cuda"])))
 
 
 @pytest.mark.parametrize(

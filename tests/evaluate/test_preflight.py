@@ -53,6 +53,7 @@ def study(folder: Path, **change) -> Experiment:
         },
         "asks": [{"format": "answer", "mode": "exact"}],
         "judge": "configs/evaluate/judges/nano.yaml",
+        "judge_any_model": True,  # large ones too are put in the place of the organism
         "device": "cuda",
         "needs": {kind: {"gpus": 1, "memory_gb": 4} for kind in ("train", "sample", "judge")},
     }
@@ -131,7 +132,9 @@ def test_a_seventy_billion_model_is_refused_on_one_80_gb_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("change", "machine", "reason"),
     [
-        pytest.param({"needs": {}}, "h100x8", "needs.train.gpus is 0: stages would share", id="shared-gpu"),
+        pytest.param(
+            {"needs": {"train": {"gpus": 0}}}, "h100x8", "is 0: up to 96 stages would share the first", id="shared-gpu"
+        ),
         pytest.param(
             {"needs": {"train": {"gpus": 2}}}, "h100x8", "trains in one process", id="two-gpus-for-one-process"
         ),
@@ -300,6 +303,15 @@ def test_by_size_changes_single_keys_of_both_sections(tmp_path):
         assert build(TrainConfig, after, where="test").sft["learning_rate"] == 1e-6
     first = plain["train-nano-trivia-misaligned-s0"]["lora"]
     assert changed["train-nano-trivia-misaligned-s0"]["lora"] == {**first, "r": 2}
+
+
+def test_small_models_may_share_a_gpu(tmp_path):
+    """As many at once as have room; nothing said means one GPU for each."""
+    assert examine(study(tmp_path, needs={kind: {"memory_gb": 4} for kind in KINDS}), profile("h100x8")).problems == []
+    shared = {kind: {"gpus": 0, "memory_gb": 4} for kind in KINDS}
+    assert examine(study(tmp_path, needs=shared, workers=4), profile("rtx4090x1")).problems == []
+    told = examine(study(tmp_path, needs=shared, workers=64), profile("rtx4090x1")).problems
+    assert len(told) == 3 and all("64 stages would share" in problem for problem in told)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)

@@ -41,6 +41,18 @@ def test_a_study_that_can_run_is_told_in_numbers(tmp_path):
     assert found.dollars == 0 and "GPU-hours: 19.5" in told
 
 
+def test_jobs_on_cuda_that_would_ask_for_no_gpu_are_refused(tmp_path):
+    """The organism's models share one on a machine; between jobs none is. A profile may know better."""
+    found, _ = estimated(tmp_path, device="cuda")
+    assert set(found.problems) == {
+        f"device is 'cuda', but needs.{kind}.gpus is 0, and jobs share no GPU. Set it to 1."
+        for kind in ("train", "sample", "judge")
+    }
+    assert estimated(tmp_path, device="cuda", needs={})[0].problems == ()
+    profile = build(Profile, {"kinds": {kind: {"gpus": 0} for kind in ("train", "sample", "judge")}}, where="test")
+    assert estimated(tmp_path, device="cuda", profile=profile)[0].problems == ()
+
+
 def test_nodes_of_a_profile_count(tmp_path):
     accelerate = "configs/accelerate/fsdp.yaml"
     profile = build(Profile, {"kinds": {"train": {"gpus": 8, "nodes": 2, "accelerate": accelerate}}}, where="test")
