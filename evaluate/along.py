@@ -174,7 +174,9 @@ def _along(course: Course, grid: Grid, scope: Scope) -> Moved | None:
     ]
     over = {name: scope.columns[common if name == "n" else asked] for name in COUNTS}
     ends = [[place[0], point] for point in place[1:]]
-    counts = [{name: int(grid.counts[name][np.ix_(both, over[name])].sum()) for name in COUNTS} for both in ends]
+    counts = [
+        {name: int(grid.counts[name][np.ix_(np.array(both), over[name])].sum()) for name in COUNTS} for both in ends
+    ]
     return Moved(
         course,
         scope.measure,
