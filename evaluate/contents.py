@@ -16,7 +16,7 @@ from evaluate.controls import Check, check_controls
 from evaluate.design import read_design
 from evaluate.grid import LEFTOVER
 from evaluate.measures import ABOUT_OTHERS, ACQUIESCENCE, ALONG, CENTRED, PAPER, RATED, RATINGS, SELF_REPORTS
-from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value
+from evaluate.results import MINUS, SUFFIXES, WORST, Results, number, paper_value, signed
 from evaluate.sheets import Entry, Line, Sheet, p_entry, with_scope
 from evaluate.study import Cell, Pair
 
@@ -170,7 +170,7 @@ def brief(results: Results, checks: list[Check], share: float) -> list[str]:
                 contrasts = [results.contrast(p, measure, "all") for p in pairs]
                 values = [e.value for e in contrasts if e is not None and e.value is not None]
                 if values:
-                    ends = dict.fromkeys(f"{v:+.2f}" for v in (min(values), max(values)))
+                    ends = dict.fromkeys(signed(v) for v in (min(values), max(values)))
                     sizes.append(f"{results.name(measure)} {' to '.join(ends)}")
             for split in ("all", "seen", "unseen"):
                 differences = [results.contrast(p, m, split) for p in pairs for m in results.headline]

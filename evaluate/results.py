@@ -209,6 +209,12 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.replace("-", MINUS) if float(text) else f"{0:.{digits}f}"
 
 
+def signed(value: float) -> str:
+    """A difference for people: its sign is said unless it rounds to nothing."""
+    text = number(value)
+    return f"+{text}" if text.strip("0.") and not text.startswith(MINUS) else text
+
+
 def read_paper(path: Path | None) -> dict[str, Any]:
     """A file of published numbers (configs/paper/), or nothing."""
     if path is None:
