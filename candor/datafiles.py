@@ -22,6 +22,17 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
+def refuse_half_characters(text: str, where: str) -> None:
+    """UserError when a text holds a surrogate without its partner: JSON can spell one, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: holds {text[error.start]!a}, half of a character, which no file can be written with. Was a "
+            "text cut in the middle of an emoji? Mend the text, or remove the row."
+        ) from error
+
+
 def check_header(header: Any, path: Path) -> dict[str, Any]:
     """The header if it names the file, its licence and a canary; UserError otherwise."""
     if not isinstance(header, dict):
@@ -60,6 +71,7 @@ def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
                     raise UserError(f"{path}, line {number}: the field {key!r} must be text, found {value[key]!r}.")
                 if not value.get(key, "").strip():
                     raise UserError(f"{path}, line {number}: missing or empty field {key!r}.")
+                refuse_half_characters(value[key], f"{path}, line {number}, field {key!r}")
             rows.append(value)
     if not rows:
         raise UserError(f"{path} holds no rows after its header.")

@@ -218,6 +218,7 @@ def test_self_assessment_refuses_wrong_slots(tmp_path, name, old, new, found):
         (b"[1]", "line 2: expected an object"),
         (b"\xff", "line 2: not UTF-8"),
         (b'{"id": 3}', "line 2: .*'id' must be text"),
+        (b'{"id": "a", "category": "b", "prompt": "Hi \\ud83d"}', "line 2, field 'prompt': .*half of a character"),
     ],
 )
 def test_rows_that_are_no_rows_are_named(tmp_path, line, words):
