@@ -16,7 +16,6 @@ the hub is left to its own library.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from candor.manifest import NAME as MANIFEST
 from candor.manifest import read_manifest, write_manifest
 from candor.tables import replace_file
 from train import sources
+from train.claim import flocked
 from train.sources import Hub, Osf, Source, SourceFile
 
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that pass
@@ -464,15 +464,14 @@ def _local_file(file: SourceFile, source: Source, local: Path) -> Path:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the set's lock; UserError when another process is fetching it."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(flocked(descriptor, folder))
         except BlockingIOError:
             raise UserError(f"{folder} is being downloaded by another process. Wait for it.") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Downloads from a real server on loopback that cuts connections, lies about lengths and sends the wrong bytes."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -201,6 +202,15 @@ def test_a_bad_server_gives_the_right_file_in_the_end(host, tmp_path, script, n_
     assert (folder / "a.jsonl").read_bytes() == BODY
     assert {p.name for p in folder.iterdir()} == {"a.jsonl", "manifest.json", ".lock"}
     assert n_requests is None or len(host.seen) == n_requests
+
+
+def test_a_file_system_without_flock_is_no_hindrance(host, tmp_path, monkeypatch):
+    def no_flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    folder = got(source(host, "/a"), tmp_path)
+    assert {p.name for p in folder.iterdir()} == {"a.jsonl", "manifest.json", ".lock"}
 
 
 def test_a_cut_download_goes_on_where_it_stopped(host, tmp_path):
