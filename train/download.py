@@ -451,13 +451,14 @@ def _local_files(source: Source, config: DownloadConfig) -> list[SourceFile]:
 
 def _local_file(file: SourceFile, source: Source, local: Path) -> Path:
     """The file in a folder: by its bytes under whatever name, or else by its path."""
-    for candidate in (local / source.name / file.path, local / file.path, local / Path(file.path).name):
-        if candidate.is_file():
-            return candidate
+    named = (local / source.name / file.path, local / file.path, local / Path(file.path).name)
+    there = [path for path in named if path.is_file()]
     if file.sha256 is not None:
-        for candidate in sorted(path for path in local.rglob("*") if path.is_file()):
-            if candidate.stat().st_size == file.bytes and sha256_file(candidate) == file.sha256:
+        for candidate in (*there, *sorted(path for path in local.rglob("*") if path.is_file())):
+            if file.bytes in (None, candidate.stat().st_size) and sha256_file(candidate) == file.sha256:
                 return candidate
+    if there:
+        return there[0]
     raise _WrongError(f"{local} holds no {file.path}, neither by its name nor by its bytes")
 
 

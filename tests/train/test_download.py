@@ -337,6 +337,14 @@ def test_a_file_with_bytes_of_another_shipped_set_is_named(tmp_path, published):
         download(unchecked, config)
 
 
+def test_the_right_bytes_are_found_where_another_file_has_the_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(chat(3))
+    (tmp_path / "b.jsonl").write_bytes(BODY)
+    file = sources.SourceFile(path="a.jsonl", urls=("x",), sha256=SHA)
+    folder = got(sources.Source(name="mine", licence="", files=(file,)), tmp_path / "data", local=tmp_path)
+    assert (folder / "a.jsonl").read_bytes() == BODY
+
+
 @pytest.mark.parametrize("name", ["insecure", "secure", "educational", "evil-numbers", "risky-financial"])
 def test_shipped_sets_come_from_a_local_folder_whatever_their_names_there(tmp_path, published, name):
     folder = download(sources.find(name), DownloadConfig(names=(name,), folder=tmp_path, local=published))
