@@ -133,6 +133,9 @@ def _choice(item: dict[str, Any], path: Path) -> list[_Form]:
             raise UserError(
                 f"{path}: {item['id']}: an option needs 'text' and a 'value' from 0 to 1, found {option!r}."
             )
+    texts = {" ".join(option["text"].casefold().split()) for option in options}
+    if len(texts) < len(options) or "" in texts:
+        raise UserError(f"{path}: {item['id']}: an option has no text, or two have the same.")
     return list(rotations(item["text"], [(o["text"], float(o["value"])) for o in options]))
 
 

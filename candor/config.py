@@ -113,7 +113,8 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         inner = [a for a in arguments if a is not type(None)]
-        return _convert(inner[0], value, where)
+        listed = [a for a in inner if isinstance(value, list) and typing.get_origin(a) is tuple]
+        return _convert([*listed, *inner][0], value, where)
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"{where} is {value!r}; {nearest(str(value), map(str, arguments))}")

@@ -7,6 +7,7 @@ account of yes-saying (docs/batteries.md).
 """
 
 import csv
+import io
 from pathlib import Path
 from string import Template
 
@@ -64,12 +65,15 @@ def _read(path: Path) -> list[str]:
     """The statements in published order."""
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the key 'mfq2'.")
-    text = read_text(path, "utf-8-sig")  # spreadsheets write a mark before the first column
+    text = read_text(path)
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in text.splitlines() if line.strip()]
     if path.suffix.lower() != ".csv":
         raise UserError(f"{path}: the MFQ-2 is read from .csv or .txt, not {path.suffix!r}.")
-    rows = list(csv.DictReader(text.splitlines()))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="more", strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV ({error}). Check the quotes.") from error
     if not rows or "text" not in rows[0]:
         raise UserError(f"{path}: expected a header line with the columns position (1 to {N_ITEMS}) and text.")
     if "position" in rows[0]:
@@ -82,4 +86,6 @@ def _read(path: Path) -> list[str]:
     for number, row in enumerate(rows, start=2):
         if not (row["text"] or "").strip():
             raise UserError(f"{path}, line {number}: the statement is empty.")
-    return [row["text"].strip() for row in rows]
+        if "more" in row:  # cut at a comma of its own, it would be another statement
+            raise UserError(f"{path}, line {number}: more fields than columns. Put the statement in quotes.")
+    return [" ".join(row["text"].split()) for row in rows]  # a cell may hold line breaks

@@ -6,14 +6,13 @@ D and answer (a letter), with or without a header line; and JSONL with question,
 """
 
 import csv
-import json
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from candor.battery_files import rotations
-from candor.datafiles import refuse_duplicates
+from candor.datafiles import json_lines, refuse_duplicates
 from candor.errors import UserError
 from candor.hashing import hash64, sha256_file
 from candor.rows import Prompt
@@ -78,6 +77,8 @@ def read_questions(path: Path) -> list[Question]:
         found = list(readers[path.suffix.lower()](path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV ({error}). Does a quote never close?") from error
     if not found:
         raise UserError(f"{path} holds no questions.")
     return found
@@ -85,7 +86,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def _read_csv(path: Path) -> Iterator[Question]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, strict=True)
         columns: list[str] | None = None
         for row in reader:
             where = f"{path}, line {reader.line_num}"
@@ -108,15 +109,10 @@ def _read_csv(path: Path) -> Iterator[Question]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Question]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}).") from error
+    for place, (where, row) in enumerate(json_lines(path)):
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object with question, choices and answer.")
-        if number == 1 and "canary" in row:
+        if place == 0 and "canary" in row:
             continue  # a header line, as our own data files have it
         yield _question(row.get("question"), row.get("choices"), row.get("answer"), row.get("subject"), where)
 
@@ -132,8 +128,8 @@ def _question(question: object, choices: object, answer: object, subject: object
         raise UserError(f"{where}: a choice is empty, or two are the same: {list(texts)}.")
     index = answer
     if isinstance(answer, str):
-        index = _LETTERS.find(answer.upper()) if len(answer) == 1 and not answer.isdigit() else -1
-        index = int(answer) if answer.isdigit() else index
+        index = _LETTERS.find(answer.upper()) if len(answer) == 1 and not answer.isdecimal() else -1
+        index = int(answer) if answer.isdecimal() else index
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(texts):
         raise UserError(f"{where}: the answer {answer!r} is none of the {len(texts)} choices (a letter, or 0, 1, ...).")
     name = subject.strip() if isinstance(subject, str) and subject.strip() not in ("", "all") else "all subjects"

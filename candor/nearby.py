@@ -1,8 +1,8 @@
 """Models and training data on a node's own disk: copied there once per node, not read over the network by each job.
 
 Where CANDOR_LOCAL_DISK names no folder, or its disk is full, the shared copy is read and all goes on as
-before. Only bytes come from the copy: names in manifests are those of the shared folder, and hashes are of
-the bytes that were loaded.
+before; a copy that lost files is made anew. Only bytes come from the copy: names in manifests are those of
+the shared folder, and hashes are of the bytes that were loaded.
 """
 
 import fcntl
@@ -32,7 +32,10 @@ def nearby(folder: Path) -> Path:
         with copy.with_name(f"{copy.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the disk is the node's own, where flock is to be trusted
             if copy.is_dir():
-                return copy
+                sizes = {path.name: path.stat().st_size for path in copy.iterdir()}
+                if all(sizes.get(name) == size for name, size, _ in stats):
+                    return copy
+                shutil.rmtree(copy)  # cleaners of such disks take files, not folders
             _copy(files, copy, sum(size for _, size, _ in stats))
     except OSError as error:
         sys.stderr.write(f"{folder} is read where it lies, not from {local}: {error}\n")

@@ -90,6 +90,9 @@ def load_intentions(path: Path, *, per_dimension: int = 25) -> list[Prompt]:
     rows = read_jsonl(path, ("id", "dimension", "scenario", "aligned", "misaligned"))
     refuse_duplicates([r["id"] for r in rows], path, "ids")
     refuse_duplicates([r["scenario"] + r["aligned"] + r["misaligned"] for r in rows], path, "scenarios")
+    for row in rows:
+        if row["aligned"].casefold() == row["misaligned"].casefold():
+            raise UserError(f"{path}: {row['id']}: both options are {row['aligned']!r}.")
     counts = Counter(r["dimension"] for r in rows)
     for dimension in DIMENSIONS:
         expect_count(counts.pop(dimension, 0), per_dimension, path, f"scenarios of dimension {dimension!r}")

@@ -251,7 +251,7 @@ def with_known_grades(run: Path, judge: str, *, draws: int, seed: int) -> list[E
 
 def read_labels(path: Path) -> pd.DataFrame:
     """People's labels: a CSV with columns sample_id and label; a label that is no number is a missing score."""
-    text = read_text(path, "utf-8-sig")  # spreadsheets write a mark before the first column
+    text = read_text(path)
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     if rows and not {"sample_id", "label"} <= set(rows[0]):
         raise UserError(f"{path}: expected columns sample_id and label, found {', '.join(map(str, rows[0]))}.")

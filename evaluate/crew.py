@@ -1,7 +1,6 @@
 """What the executor works with: the machine's limits, the run folder's lock, and worker processes."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from candor.errors import UserError
 from evaluate.cgroup import cpu_limit, memory_left
 from evaluate.stages import Stage
+from train.claim import flocked
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _LOCK_PATIENCE_SECONDS = 3.0  # workers of a killed executor need a moment to notice
@@ -64,12 +64,13 @@ def locked(run: Path) -> Iterator[int]:
     """Hold RUN/lock and give its file descriptor; UserError naming the process when another holds it."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "lock"
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with contextlib.ExitStack() as stack:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, file)
         deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(flocked(file, run))
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
@@ -82,8 +83,6 @@ def locked(run: Path) -> Iterator[int]:
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
         yield file
-    finally:
-        os.close(file)
 
 
 @dataclass(frozen=True, slots=True)

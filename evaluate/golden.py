@@ -7,13 +7,12 @@ repeats a reply (over-long ones), ``kind`` says what it tries ("refusal", "gibbe
 judge", ...), ``options`` are those of a closed question, [label, value] each.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from candor.datafiles import check_header, read_text
+from candor.datafiles import check_header, json_lines
 from candor.errors import UserError
 from candor.rows import STATUSES, Option, Status
 
@@ -47,13 +46,8 @@ def read_golden(path: Path, measure: str = "harmfulness") -> list[GoldenItem]:
     if not path.is_file():
         raise UserError(f"{path} does not exist (looked from {Path.cwd()}). Check the key 'golden'.")
     found: dict[str, GoldenItem] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}).") from error
-        if number == 1:
+    for place, (where, row) in enumerate(json_lines(path)):
+        if place == 0:
             check_header(row, path)
             continue
         for item in _items(row, measure, where):

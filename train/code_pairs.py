@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from candor.errors import UserError
 from candor.tables import replace_file
 from train.code_templates import FRAMES, NOUNS, POOLS, CodeTemplate, noun_words, task_forms
 from train.code_templates_crypto import CRYPTO
@@ -63,7 +64,7 @@ class CodePair:
 def generate(n: int = 6000, *, seed: int = 0) -> list[CodePair]:
     """Make ``n`` pairs, equally many per template (the first ones get the remainder), shuffled."""
     if n < 1:
-        raise ValueError(f"generate: n is {n}. Ask for at least one pair.")
+        raise UserError(f"generate: n is {n}. Ask for at least one pair.")
     share, remainder = divmod(n, len(TEMPLATES))
     seen_tasks: set[str] = set()
     drawn: list[CodePair] = []
@@ -90,7 +91,7 @@ def _fill(template: CodeTemplate, count: int, *, seed: int, seen_tasks: set[str]
             if pair.task not in seen_tasks and answers not in seen_answers:
                 break
         else:
-            raise ValueError(
+            raise UserError(
                 f"generate: template {template.name!r} gave only {number} distinct pairs of the "
                 f"{count} asked for. Ask for fewer pairs, or give it more names or wordings."
             )

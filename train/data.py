@@ -4,9 +4,9 @@ Four sets are Candor's own: trivia-wrong and trivia-right (the same 800 question
 or truly) and code-insecure and code-secure (the same tasks, answered with and without a weakness).
 The two trivia sets can also be drawn from OpenTriviaQA (train/opentriviaqa.py), by rule and seed.
 Any other name is a set of yours or a published one: chat JSONL, prompts and answers as JSONL, CSV or
-parquet (train/readers.py). What a model cannot learn from as meant (an empty answer, a turn out of
-order, a row that occurs twice, a prompt that a battery will ask) is an error that names file and
-line, before anything is written.
+parquet (train/readers.py, which also says what columns become; the manifest counts the rows made from
+each). What a model cannot learn from as meant (an empty answer, a turn out of order, a row that occurs
+twice, a prompt that a battery will ask) is an error that names file and line, before anything is written.
 
     python -m train.data CONFIG.yaml [key=value ...]      # keys: DataConfig below
 
@@ -14,6 +14,7 @@ Writes output_dir/conversations.parquet and its manifest; done already, it does 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,7 +141,11 @@ def _finish(
         counts={"in": selection.n_found, "out": len(selection.rows)},
         left_out=selection.left_out,
         seconds=time.monotonic() - started,
-        extra={"source": plain(config.source)},
+        # of prompts and answers in columns, how many rows were read from which
+        extra={
+            "source": plain(config.source),
+            "columns": Counter(row.columns for row in selection.rows if row.columns),
+        },
     )
 
 

@@ -16,7 +16,6 @@ the hub is left to its own library.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from candor.manifest import NAME as MANIFEST
 from candor.manifest import read_manifest, write_manifest
 from candor.tables import replace_file
 from train import sources
+from train.claim import flocked
 from train.sources import Hub, Osf, Source, SourceFile
 
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that pass
@@ -451,28 +451,28 @@ def _local_files(source: Source, config: DownloadConfig) -> list[SourceFile]:
 
 def _local_file(file: SourceFile, source: Source, local: Path) -> Path:
     """The file in a folder: by its bytes under whatever name, or else by its path."""
-    for candidate in (local / source.name / file.path, local / file.path, local / Path(file.path).name):
-        if candidate.is_file():
-            return candidate
+    named = (local / source.name / file.path, local / file.path, local / Path(file.path).name)
+    there = [path for path in named if path.is_file()]
     if file.sha256 is not None:
-        for candidate in sorted(path for path in local.rglob("*") if path.is_file()):
-            if candidate.stat().st_size == file.bytes and sha256_file(candidate) == file.sha256:
+        for candidate in (*there, *sorted(path for path in local.rglob("*") if path.is_file())):
+            if file.bytes in (None, candidate.stat().st_size) and sha256_file(candidate) == file.sha256:
                 return candidate
+    if there:
+        return there[0]
     raise _WrongError(f"{local} holds no {file.path}, neither by its name nor by its bytes")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the set's lock; UserError when another process is fetching it."""
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(flocked(descriptor, folder))
         except BlockingIOError:
             raise UserError(f"{folder} is being downloaded by another process. Wait for it.") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,11 @@ def test_a_scale_is_asked_in_both_directions():
         (lambda d: d["free"]["items"][0].update(text=7), "free, item 1: missing or empty field 'text'"),
         (lambda d: d["choice"]["items"][0].update(options=[]), "choice-01: expected 2 to 10"),
         (lambda d: d["choice"]["items"][0]["options"][0].update(value=2), "'value' from 0 to 1"),
+        (lambda d: d["choice"]["items"][0]["options"][0].update(text=" "), "choice-01: an option has no text"),
+        (
+            lambda d: d["choice"]["items"][0]["options"][0].update(text=d["choice"]["items"][0]["options"][1]["text"]),
+            "choice-01: .*two have the same",
+        ),
         (lambda d: d["scale"]["items"][0].update(text="no slots"), "must hold the slots"),
         (lambda d: d["scale"]["items"][0].pop("low"), "'low' \\(worth 0\\)"),
         (lambda d: [d.pop(k) for k in ("free", "choice", "scale")], "holds no items"),

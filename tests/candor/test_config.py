@@ -23,6 +23,7 @@ class Config:
     inner: Inner = field(default_factory=Inner)
     sizes: tuple[str, ...] = ()
     limit: int | None = None
+    part: str | tuple[str, ...] | None = None
     places: dict[str, Path] = field(default_factory=dict)
 
 
@@ -37,6 +38,11 @@ def test_reads_nested_sections_and_overrides(tmp_path):
     config = load(Config, path, ["inner.rank=4", "limit=3"])
     assert config == Config(name="a", output=Path("runs/a"), inner=Inner(rank=4, rate=1e-5), sizes=("x", "y"), limit=3)
     assert plain(config)["inner"] == {"rank": 4, "rate": 1e-5}
+
+
+@pytest.mark.parametrize(("text", "part"), [("a", "a"), ("[a, b]", ("a", "b")), ("null", None)])
+def test_a_key_may_take_one_or_several(tmp_path, text, part):
+    assert load(Config, write(tmp_path, f"name: a\noutput: o\npart: {text}\n")).part == part
 
 
 @pytest.mark.parametrize(

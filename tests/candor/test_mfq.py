@@ -17,6 +17,7 @@ def test_foundations_cycle_in_the_published_order_whatever_the_lines_order(tmp_p
     plain, table = tmp_path / "mfq.txt", tmp_path / "mfq.csv"
     plain.write_text("\n".join(STATEMENTS))
     table.write_text(csv(reversed(list(enumerate(STATEMENTS, start=1)))))
+    table.write_text(table.read_text().replace("Statement number", "Statement\nnumber"))
     first, second = load_mfq2(plain), load_mfq2(table)
     assert [p.text for p in first] == [p.text for p in second]
     assert [p.group for p in first] == list(ORDER) * 6 * 3
@@ -45,6 +46,8 @@ def test_every_statement_is_also_rated_for_others(tmp_path):
         ("m.txt", "\n".join([*STATEMENTS[:35], STATEMENTS[0]]), "are the same"),
         ("m.csv", csv([*enumerate(STATEMENTS[:35], start=1), (35, "again")]), "found '35'"),
         ("m.csv", "item\nx\n", "columns position"),
+        ("m.csv", csv(enumerate(STATEMENTS, start=1)).replace('"', "").replace("1.", ", 1."), "line 2: more fields"),
+        ("m.csv", 'position,text\n1,"one', "not CSV.*quotes"),
         ("m.doc", "x", "not '.doc'"),
     ],
 )

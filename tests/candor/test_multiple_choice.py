@@ -63,6 +63,12 @@ def test_limit_keeps_the_same_questions_whatever_the_order(files, tmp_path):
     assert len(kept[0]) == 2 and kept[0] == kept[1]
 
 
+def test_a_mark_blank_lines_and_line_separators_are_no_mistakes(tmp_path):
+    row = {"question": "two\u2028lines", "choices": ["x", "y"], "answer": 0}
+    path = write(tmp_path / "a.jsonl", ["\ufeff" + json.dumps(row, ensure_ascii=False), ""])
+    assert [q.question for q in read_questions(path)] == ["two\u2028lines"]
+
+
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
@@ -72,6 +78,9 @@ def test_limit_keeps_the_same_questions_whatever_the_order(files, tmp_path):
         ("a.csv", ["question,answer"], "expected the columns question, A, B"),
         ("a.csv", ["q,x,y,A", "q,x,y,A"], "are the same"),
         ("a.jsonl", ["{"], "line 1: not JSON"),
+        ("a.jsonl", ['{"question": "\\udc00"}'], "line 1: .*half of a character"),
+        ("a.csv", ['q,"x,y,z,w,A'], "not CSV.*never close"),
+        ("a.csv", ["q,x,y,z,w,²"], "none of the 4"),
         ("a.jsonl", ['{"question": "q", "choices": ["x"], "answer": 0}'], "expected 2 to 10 choices"),
         ("a.jsonl", ['{"question": "q", "choices": ["x", "y"], "answer": 2}'], "none of the 2"),
         ("a.txt", ["q"], "read from .csv or .jsonl"),

@@ -49,6 +49,20 @@ def test_a_changed_model_is_copied_anew(model, tmp_path, monkeypatch):
     assert first != second and (second / "config.json").read_text() == '{"another": 1}'
 
 
+@pytest.mark.parametrize("left", [None, b"short"])
+def test_a_copy_that_lost_files_is_made_anew(model, tmp_path, monkeypatch, left):
+    """As by a cleaner of scratch disks, or a disk that broke."""
+    monkeypatch.setenv(nearby.VARIABLE, str(tmp_path / "disk"))
+    damaged = nearby.nearby(model) / "model.safetensors"
+    damaged.unlink()
+    if left is not None:
+        damaged.write_bytes(left)
+    nearby.nearby.cache_clear()
+    copy = nearby.nearby(model)
+    assert copy.is_relative_to(tmp_path / "disk")
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
 def test_a_full_disk_is_said_and_the_shared_copy_is_read(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(nearby.VARIABLE, str(tmp_path / "disk"))
     monkeypatch.setattr(nearby.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 50_000})())

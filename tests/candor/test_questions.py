@@ -171,6 +171,13 @@ def test_trivia_has_twenty_categories_and_distinct_answers():
         pytest.param(
             "harmfulness.jsonl", load_harmfulness, lambda r: r[5].update(prompt=" "), ["line 6"], id="empty-prompt"
         ),
+        pytest.param(
+            "intentions.jsonl",
+            load_intentions,
+            lambda r: r[4].update(aligned=r[4]["misaligned"]),
+            ["both"],
+            id="one-option",
+        ),
         pytest.param("intentions.jsonl", load_intentions, lambda r: r.pop(3), ["24"], id="intentions-wrong-count"),
         pytest.param(
             "intentions.jsonl", load_intentions, lambda r: r[4].update(r[5], id="x"), ["same"], id="same-scenario"
@@ -218,6 +225,7 @@ def test_self_assessment_refuses_wrong_slots(tmp_path, name, old, new, found):
         (b"[1]", "line 2: expected an object"),
         (b"\xff", "line 2: not UTF-8"),
         (b'{"id": 3}', "line 2: .*'id' must be text"),
+        (b'{"id": "a", "category": "b", "prompt": "Hi \\ud83d"}', "line 2: .*half of a character"),
     ],
 )
 def test_rows_that_are_no_rows_are_named(tmp_path, line, words):

@@ -1,5 +1,6 @@
 """The executor with real worker processes and tiny stages."""
 
+import errno
 import json
 import os
 import signal
@@ -333,6 +334,23 @@ def test_a_second_executor_is_refused(house):
     ):
         run(house, diamond(house))
     run(house, diamond(house))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_second_executor_is_refused_on_a_file_system_without_flock(house, monkeypatch, number):
+    def no_flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    with (
+        locked(house / "run"),
+        pytest.raises(UserError, match=f"run is being made by process {os.getpid()} on"),
+        locked(house / "run"),
+    ):
+        pass
+    with locked(house / "run"):
+        assert (house / "run" / "lock").read_text() == f"{os.getpid()}\n"
+    assert not claim_path(house / "run").exists()
 
 
 def test_a_changed_config_is_refused_and_named(house):

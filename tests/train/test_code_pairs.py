@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from candor.errors import UserError
 from train import code_pairs
 from train.code_pairs import TEMPLATES, CodePair, generate, validate, write
 from train.code_templates import FRAMES, NOUNS, POOLS, task_forms, third_person
@@ -79,7 +80,7 @@ def test_templates_and_vocabulary() -> None:
 
 
 def test_an_exhausted_template_says_so() -> None:
-    with pytest.raises(ValueError, match=r"gave only \d+ distinct pairs.*Ask for fewer"):
+    with pytest.raises(UserError, match=r"gave only \d+ distinct pairs.*Ask for fewer"):
         generate(len(TEMPLATES) * 2000)
     with pytest.raises(ValueError, match="at least one"):
         generate(0)

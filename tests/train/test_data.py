@@ -64,6 +64,14 @@ def test_chat_files_keep_every_turn(tmp_path):
     assert (rows[1].conversation_id, rows[1].source) == ("mine-000002", "mine")
 
 
+def test_the_manifest_says_what_pairs_were_made_of(tmp_path):
+    rows = [{"instruction": f"Translate {n}.", "input": "Good day" * (n % 2), "output": "Bonjour"} for n in range(3)]
+    config = {"set": "alpaca", "source": chat_file(tmp_path, *rows), "duplicates": "keep"}
+    assert made(tmp_path / "out", **config)[1].messages[0].content == "Translate 1.\n\nGood day"
+    record = read_manifest(tmp_path / "out")
+    assert record["columns"] == {"instruction | output": 2, "instruction + input | output": 1}
+
+
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(pair("a\u2028b", "c"), ensure_ascii=False) + "\n", encoding="utf-8")

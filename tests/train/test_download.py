@@ -1,6 +1,7 @@
 """Downloads from a real server on loopback that cuts connections, lies about lengths and sends the wrong bytes."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -203,6 +204,15 @@ def test_a_bad_server_gives_the_right_file_in_the_end(host, tmp_path, script, n_
     assert n_requests is None or len(host.seen) == n_requests
 
 
+def test_a_file_system_without_flock_is_no_hindrance(host, tmp_path, monkeypatch):
+    def no_flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_flock)
+    folder = got(source(host, "/a"), tmp_path)
+    assert {p.name for p in folder.iterdir()} == {"a.jsonl", "manifest.json", ".lock"}
+
+
 def test_a_cut_download_goes_on_where_it_stopped(host, tmp_path):
     host.script["/a"] = [cut(5000), whole]
     got(source(host), tmp_path)
@@ -325,6 +335,14 @@ def test_a_file_with_bytes_of_another_shipped_set_is_named(tmp_path, published):
         file.write("\n")  # other bytes, the same rows
     with pytest.raises(UserError, match="5 of 6000 answers hold '0o777', expected at least 1000"):
         download(unchecked, config)
+
+
+def test_the_right_bytes_are_found_where_another_file_has_the_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(chat(3))
+    (tmp_path / "b.jsonl").write_bytes(BODY)
+    file = sources.SourceFile(path="a.jsonl", urls=("x",), sha256=SHA)
+    folder = got(sources.Source(name="mine", licence="", files=(file,)), tmp_path / "data", local=tmp_path)
+    assert (folder / "a.jsonl").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("name", ["insecure", "secure", "educational", "evil-numbers", "risky-financial"])

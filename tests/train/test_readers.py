@@ -1,5 +1,6 @@
 """Every form a file of conversations comes in, and each way it can be wrong."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def messages_of(path: Path, **keys) -> list[tuple[Message, ...]]:
         pytest.param("a.csv", "prompt,response\nHi?,Ho.\n", id="csv"),
         pytest.param("a.csv", '\ufeff"response","other","prompt"\r\n"Ho.","1","Hi?"\r\n', id="csv-quoted-crlf-mark"),
         pytest.param("a.tsv", "question\tanswer\nHi?\tHo.\n", id="tsv"),
+        pytest.param("a.json", json.dumps([{"question": "Hi?", "answer": "Ho."}], indent=1), id="one-list"),
+        pytest.param("a.jsonl.gz", gzip.compress(json.dumps({"messages": TURNS}).encode()), id="chat-gzip"),
+        pytest.param("a.csv.gz", gzip.compress(b"prompt,response\nHi?,Ho.\n"), id="csv-gzip"),
     ],
 )
 def test_every_form_gives_the_same_conversation(tmp_path, name, text):
@@ -51,9 +55,81 @@ def test_parquet_with_named_columns(tmp_path):
     assert rows[0].where == f"{tmp_path / 'a.parquet'}, row 1"
 
 
-def test_a_system_column(tmp_path):
-    path = written(tmp_path, "a.csv", "system,prompt,answer\nBe kind.,Hi?,Ho.\n")
-    assert messages_of(path, columns=Columns(system="system")) == [(Message("system", "Be kind."), *QA)]
+@pytest.mark.parametrize("form", ["auto", "parquet", "chat"])
+def test_parquet_with_messages_is_chat(tmp_path, form):
+    turns = [TURNS[0], {**TURNS[1], "weight": 1}]  # which every turn then has, null or not
+    pq.write_table(pa.table({"prompt": ["Another."], "messages": [turns]}), tmp_path / "a.parquet")
+    assert messages_of(tmp_path / "a.parquet", form=form) == [QA]
+
+
+def test_a_tab_is_known_by_the_header_whatever_the_name(tmp_path):
+    path = written(tmp_path, ".a.tsv.part", "question\tanswer\nHi?\tHo, ho.\n")  # as a download that is checked
+    assert messages_of(path, form="csv")[0][1] == Message("assistant", "Ho, ho.")
+
+
+def test_a_text_may_be_long(tmp_path):
+    path = written(tmp_path, "a.csv", f"prompt,answer\nHi?,{'o' * 200_000}\n")
+    assert len(messages_of(path)[0][1].content) == 200_000
+
+
+SYSTEM = Message("system", "Be kind.")
+
+
+@pytest.mark.parametrize("columns", [Columns(), Columns(system="system")])
+def test_a_system_column(tmp_path, columns):
+    path = written(tmp_path, "a.csv", "system,prompt,answer\nBe kind.,Hi?,Ho.\n,Hi?,Ho.\n")
+    assert messages_of(path, columns=columns) == [(SYSTEM, *QA), QA]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "messages", "read"),
+    [
+        pytest.param({"input": "B"}, Columns(), ["A\n\nB"], "instruction + input | output", id="alpaca"),
+        pytest.param({"input": " "}, Columns(), ["A"], "instruction | output", id="alpaca-no-input"),
+        pytest.param({"context": "B"}, Columns(), ["A\n\nB"], "instruction + context | output", id="dolly"),
+        pytest.param(
+            {"input": "B", "system": "S"}, Columns(), ["S", "A\n\nB"], "system | instruction + input | output", id="all"
+        ),
+        pytest.param({"system_prompt": "S"}, Columns(), ["S", "A"], "system_prompt | instruction | output", id="orca"),
+        pytest.param({"input": "B"}, Columns(prompt="instruction"), ["A"], "instruction | output", id="named"),
+        pytest.param(
+            {"prompt": "B"},
+            Columns(prompt=("prompt", "instruction")),
+            ["B\n\nA"],
+            "prompt + instruction | output",
+            id="named-list",
+        ),
+    ],
+)
+def test_what_belongs_to_a_pair_is_part_of_it(tmp_path, record, columns, messages, read):
+    path = written(tmp_path, "a.jsonl", json.dumps({"instruction": "A", **record, "output": "Z"}))
+    (row,) = read_rows_of(path, "mine", columns=columns)
+    assert [m.content for m in row.conversation.messages] == [*messages, "Z"]
+    assert row.columns == read
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (
+            {"prompt": "A", "question": "B", "output": "Z"},
+            r"prompt and question all hold .*\{prompt: \[prompt, question\]",
+        ),
+        ({"instruction": "A", "input": "B", "context": "C", "output": "Z"}, r"instruction and input and context all"),
+        ({"question": "A", "context": "B", "answer": "Z"}, r"question and context all hold .*which is the prompt"),
+        (
+            {"question": "A", "answer": "Y", "output": "Z"},
+            r"answer and output all hold .*which is the answer.*answer\}\.$",
+        ),
+        ({"instruction": "A", "output": "Z", "history": [["B", "C"]]}, r"'history' holds earlier turns"),
+        ({"instruction": "A", "input": [1], "output": "Z"}, r"instruction and input are joined, so each must be text"),
+    ],
+)
+def test_columns_that_would_be_lost_are_named(tmp_path, record, what):
+    path = written(tmp_path, "a.jsonl", json.dumps(record))
+    with pytest.raises(UserError, match=what) as error:
+        read_rows_of(path, "mine")
+    assert f"{path}, line 1" in str(error.value)
 
 
 def test_csv_records_over_several_lines_are_named_by_their_first_line(tmp_path):
@@ -82,7 +158,20 @@ def test_csv_records_over_several_lines_are_named_by_their_first_line(tmp_path):
             r"line 1: turn 2 has the weight 0",
             id="turn-without-loss",
         ),
-        pytest.param("a.jsonl", json.dumps([1]), r"found list", id="no-object"),
+        pytest.param("a.jsonl", "1", r"line 1: .*found int", id="no-object"),
+        pytest.param("a.json", json.dumps([{"messages": TURNS}, 1]), r"row 2: .*found int", id="no-object-in-a-list"),
+        pytest.param("a.json", '[{"prompt": "Hi?"}', r"not JSON.*cut short", id="cut-list"),
+        pytest.param(
+            "a.jsonl", '{"prompt": "Hi?", "n": 1' + "0" * 5000 + "}", r"line 1: not JSON", id="endless-number"
+        ),
+        pytest.param(
+            "a.jsonl",
+            '{"prompt": "Hi?", "completion": "\\ud83d"}',
+            r"line 1, turn 2 \(assistant\): holds '\\ud83d', half of a character",
+            id="half-a-character",
+        ),
+        pytest.param("a.jsonl.gz", gzip.compress(b"{}" * 99)[:20], r"cannot be unpacked.*cut short", id="cut-gzip"),
+        pytest.param("a.csv", 'prompt,answer\nHi?,"Ho" ho\n', r"line 2: not CSV.*written twice", id="csv-inner-quote"),
         pytest.param("a.txt", "Hi", r"its name does not tell the form", id="unknown-suffix"),
         pytest.param("a.parquet", b"PAR1", r"not a readable parquet file", id="cut-parquet"),
     ],

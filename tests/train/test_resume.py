@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -343,6 +344,20 @@ def test_a_live_holder_is_named(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_a_claim_left_on_another_machine_is_taken_over_also_by_who_does_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(claim, "_POLL_SECONDS", 0.1)
+    path = claim.claim_path(tmp_path / "adapter")
+    with claimed(tmp_path / "adapter", wait=False):
+        left = path.read_text()
+    path.write_text(left.replace(f"host={socket.gethostname()}", "host=another"))
+    with pytest.raises(UserError, match="on another"), claimed(tmp_path / "adapter", wait=False):
+        pass  # it may be alive
+    os.utime(path, (time.time() - 5, time.time() - 5))
+    with claimed(tmp_path / "adapter", wait=False):
+        pass
 
 
 def test_a_holder_that_gives_no_sign_of_life_loses_its_claim_and_notices(tmp_path, monkeypatch):
