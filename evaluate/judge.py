@@ -258,13 +258,18 @@ def _asking(judge: JudgeConfig, config: JudgingConfig, inputs: dict[str, str]) -
     }
 
 
-def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
-    """What decides the verdicts: not where files lie, nor how much memory is taken."""
+def judge_identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
+    """What of a judge's file decides its verdicts; its template, and a model that runs here, are files of their own."""
     said = {key: value for key, value in plain(judge).items() if key not in _UNSAID}
     if judge.endpoint is not None:
         said |= {"model": judge.model, "endpoint": _asking(judge, config, {"template": ""})}
+    return said
+
+
+def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
+    """What decides the verdicts: not where files lie, nor how much memory is taken."""
     return {
-        "judge": said,
+        "judge": judge_identity(judge, config),
         "batteries": list(config.batteries),
         **({"formats": list(config.formats)} if config.formats else {}),
         "subsample": plain(config.subsample),
