@@ -56,6 +56,7 @@ class Script:
     fault_share: float = 0.0  # of tries
     faults: tuple[str, ...] = FAULTS
     filtered_share: float = 0.0  # of questions, always: half as an error 400, half as a finish reason
+    refused: str = ""  # questions with this in them are refused for good, with a status 400
     slow_s: float = 5.0
     huge_bytes: int = 8_000_000
     retry_after_s: float = 0.05
@@ -171,6 +172,9 @@ class Server:
         if filtered and _share("how", question) < 0.5:
             error = {"error": {"code": "content_filter", "message": "The prompt was filtered."}}
             await _send(writer, 400, error, limits)
+            return True
+        if self.script.refused and self.script.refused in question:
+            await _send(writer, 400, {"error": {"code": "invalid_prompt", "message": "Invalid prompt."}}, limits)
             return True
         fault = ""
         if _share("fault", name, self.seen.tries[name]) < self.script.fault_share:
