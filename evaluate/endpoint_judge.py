@@ -5,7 +5,8 @@ what is still missing, so that every question is asked once and the budget and t
 a time hold for all together.
 
 The first question goes alone. It shows within seconds whether the key, the model's name and the
-endpoint are right, what a call takes and which rates are allowed; then the rest follows. Where the
+endpoint are right, what a call takes and which rates are allowed; then the rest follows. It is the
+shortest: where that is longer than the context the endpoint serves, all are. Where the
 endpoint can go on from a begun answer, numbers whose pieces the first call did not show are asked
 for, so that their probability is known too.
 """
@@ -24,7 +25,7 @@ from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.judge_reading import odds
 from evaluate.verdict_store import Answer, AnswerStore
-from serve.client import ChatClient, ChatReply, Lost, Settings
+from serve.client import TOO_LONG, ChatClient, ChatReply, Lost, Settings
 from serve.client_batch import Batches, Record
 from serve.ledger import Ledger
 from train.claim import Check, claimed
@@ -49,6 +50,7 @@ class EndpointJudge:
         self._flushed = time.monotonic()
         self._in_a_row = 0
         self._stop: UserError | None = None
+        self._fresh = True  # whether the store holds none of the answers
 
     def ask_all(self, asks: Sequence[Ask]) -> None:
         """Ask what the store lacks; afterwards it has the answers and ``lost`` the rest.
@@ -61,7 +63,7 @@ class EndpointJudge:
                 asyncio.run(self._ask_all(missing))
 
     def _missing(self, asks: Sequence[Ask]) -> list[Ask]:
-        """What the store does not hold; the ledger then says what its answers have cost."""
+        """What the store does not hold, the shortest first; the ledger then says what its answers have cost."""
         known = set()
         self.ledger.spent = 0.0
         for answer in self.store.read():
@@ -70,7 +72,10 @@ class EndpointJudge:
                 self.ledger.spent += self.ledger.price.of(
                     answer.input_tokens, answer.output_tokens, batch=self.ledger.batch
                 )
-        return [ask for ask in asks if ask.sha not in known]
+        missing = [ask for ask in asks if ask.sha not in known]
+        self._fresh = len(missing) == len(asks)
+        shortest = min(missing, key=lambda ask: len(ask.prompt) + len(ask.reply), default=None)
+        return sorted(missing, key=lambda ask: ask is not shortest)
 
     async def _ask_all(self, asks: Sequence[Ask]) -> None:
         self._say_before(asks)
@@ -78,12 +83,12 @@ class EndpointJudge:
         try:
             async with ChatClient(self.endpoint, self.settings, self.ledger) as client:
                 rest = iter(asks)
-                await self._one(client, next(rest))
-                if self.lost:
-                    reason = next(iter(self.lost.values()))
+                first = await self._one(client, next(rest))
+                self._check_first(first)
+                if isinstance(first, Lost) and first.reason != TOO_LONG:
                     raise UserError(
                         f"{self.endpoint.url} gave no answer to the first question, not even after "
-                        f"{self.endpoint.retries} retries: {reason}. Check the endpoint and run again."
+                        f"{self.endpoint.retries} retries: {first.reason}. Check the endpoint and run again."
                     )
                 self._say_time(client, len(asks), time.monotonic() - started)
                 report = asyncio.create_task(self._report(len(asks), started))
@@ -107,7 +112,7 @@ class EndpointJudge:
                 self._stop = self._stop or error
                 client.close_soon()
                 return
-            if self._in_a_row > _ROW + self.endpoint.concurrency:
+            if self._stop is None and self._in_a_row > _ROW + self.endpoint.concurrency:
                 why = ", ".join(f"{reason} ({n})" for reason, n in self.ledger.faults.most_common(3))
                 self._stop = UserError(
                     f"{self.endpoint.url} stopped answering: {self._in_a_row} calls in a row failed ({why}). What was "
@@ -115,7 +120,7 @@ class EndpointJudge:
                 )
                 client.close_soon()
 
-    async def _one(self, client: ChatClient, ask: Ask) -> None:
+    async def _one(self, client: ChatClient, ask: Ask) -> ChatReply | Lost:
         """One question with its follow-ups."""
         text = ask.text(self.template)
         reply = await client.ask(text)
@@ -124,10 +129,11 @@ class EndpointJudge:
             reply = await self._follow(client, ask, text, reply, evidence)
         if isinstance(reply, Lost):
             self.lost[ask.sha] = reply.reason
-            self._in_a_row += 1
-            return
+            self._in_a_row += reply.reason != TOO_LONG  # to which the endpoint did answer
+            return reply
         self._in_a_row = 0
         self._keep(as_answer(ask.sha, reply, evidence))
+        return reply
 
     async def _follow(
         self, client: ChatClient, ask: Ask, text: str, reply: ChatReply, evidence: dict[str, dict[str, float]]
@@ -154,6 +160,20 @@ class EndpointJudge:
                 break
             evidence[begun] = _kept(more.tokens[0].odds)
         return reply
+
+    def _check_first(self, reply: ChatReply | Lost) -> None:
+        """UserError where the first answer of all shows that no other can be of use."""
+        url, model = self.endpoint.url, self.config.model
+        if self._fresh and isinstance(reply, Lost) and reply.reason == TOO_LONG:
+            raise UserError(
+                f"{url}: even the shortest question to {model} is {TOO_LONG}. Serve it with a longer one, or choose "
+                "another judge."
+            )
+        if self._fresh and isinstance(reply, ChatReply) and reply.finish_reason == "length" and not reply.text:
+            raise UserError(
+                f"{url}: {model} was cut off before the first word of its answer, by max_tokens: "
+                f"{self.config.max_tokens}. If it thinks before it answers, give it more. To go on as it is, run again."
+            )
 
     def _keep(self, answer: Answer) -> None:
         self._ready.append(answer)
