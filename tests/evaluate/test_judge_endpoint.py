@@ -573,6 +573,29 @@ def test_a_batch_whose_account_ran_empty_keeps_what_was_paid_for(tmp_path):
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(12)
 
 
+@pytest.mark.parametrize("faults", [["unsaid"], ["refused", "refused"], ["refused", "unsaid"]], ids="-".join)
+def test_no_batch_is_handed_in_twice(tmp_path, faults):
+    """A call that failed may have made a batch all the same."""
+    write_study(tmp_path, grades_for(6))
+    with serving(Script(batch_faults=tuple(faults))) as server:
+        main([str(write_judge(tmp_path, server.url)), "batch=true", "poll_s=0.05"])
+        stats = server.stats()
+    assert (stats["batches"], stats["calls"]) == (1, 6)
+    assert stats["handed_in"] == len(faults) + (faults[-1] == "refused")
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(6)
+
+
+def test_a_batch_of_the_same_questions_is_another_batch(tmp_path):
+    """All six lines failed; their second batch is not mistaken for the first where the call that makes it fails."""
+    write_study(tmp_path, grades_for(6))
+    with serving(Script(batches_fail=6, batch_faults=("", "refused"))) as server:
+        path = str(write_judge(tmp_path, server.url))
+        for batches in (1, 2):
+            with pytest.raises(UserError, match=r"6 of 6 different replies.*batch_expired"):
+                main([path, "batch=true", "poll_s=0.05"])
+            assert server.stats()["batches"] == batches
+
+
 @pytest.mark.full
 def test_killed_at_random_moments(tmp_path):
     grades = grades_for(600)
