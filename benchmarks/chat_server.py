@@ -78,6 +78,7 @@ class Script:
     filtered_share: float = 0.0  # of questions, always: by an error (DECLINES) or a finish reason
     thinking_share: float = 0.0  # of questions, always: cut off before the first word of the answer
     context: int = 0  # bytes of a question; longer ones are an error 400
+    refused: str = ""  # questions with this in them are refused for good, with a status 400
     slow_s: float = 5.0
     huge_bytes: int = 8_000_000
     retry_after_s: float = 0.05
@@ -201,6 +202,9 @@ class Server:
         if filtered and how < len(DECLINES):
             status, error = DECLINES[how]
             await _send(writer, status, {"error": error}, limits)
+            return True
+        if self.script.refused and self.script.refused in question:
+            await _send(writer, 400, {"error": {"code": "invalid_prompt", "message": "Invalid prompt."}}, limits)
             return True
         fault = ""
         if _share("fault", name, self.seen.tries[name]) < self.script.fault_share:

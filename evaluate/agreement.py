@@ -5,7 +5,9 @@ what it is held against:
 
 - "known grade": replies whose grade is known by construction (golden/golden.parquet);
 - another judge of the same measure and scale that judged the same replies, all or a subsample;
-- "people: NAME": labels in RUN/labels/NAME.csv (columns sample_id, label) of replies that the judge grades;
+- "people: NAME": labels in RUN/labels/NAME.csv (columns sample_id, label) of replies that the judge grades.
+  Few replies are labelled, and of the judge's rare scores more than their share (evaluate/label.py draws
+  them so); therefore each score counts as often as the judge gives it to the run's different replies;
 - "itself": the same judge asked again (its folders NAME~2, NAME~3, ...).
 
 Replies that one side could not grade are counted as missing, not as disagreement. Quadratic kappa is
@@ -16,7 +18,7 @@ that scales of 5 and of 101 grades go the same way. Intervals resample prompts.
 import csv
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 from candor.datafiles import read_text
 from candor.errors import UserError
 from candor.manifest import read_manifest
-from candor.rows import Estimate, Graded, Sample, Verdict
+from candor.rows import Estimate, Graded, Prompt, Sample, Verdict
 from candor.tables import read_table
 from evaluate.judge_config import REPEAT
 from evaluate.stats import confusion, generator, percentile, resampling_weights
@@ -42,6 +44,8 @@ REPEAT_SD, REPEAT_CHANGED, INFLATION = "judge_repeat_sd", "judge_repeat_changed"
 KNOWN, PEOPLE, ITSELF = "known grade", "people: ", "itself"
 
 Floats = NDArray[np.float64]
+AS_OFTEN = "each of the judge's scores counts as often as it gives it to the study's different replies"
+_MOST_SCORES = 10  # different ones of a judge by which labels are weighted; the labelling page has as many digits
 
 
 def thresholds(span: tuple[float, float]) -> tuple[float, ...]:
@@ -59,6 +63,7 @@ class Pairs:
     clusters: NDArray[np.str_]
     n_missing: int  # replies that one of the two did not grade
     span: tuple[float, float]
+    shares: dict[float, float] | None = None  # what each of the judge's scores counts; None: as often as it is here
 
 
 def kappa_of(sums: Floats) -> Floats:
@@ -79,20 +84,41 @@ def compare(pairs: Pairs, judge: str, reference: str, *, draws: int, seed: int) 
     names, codes = np.unique(pairs.clusters, return_inverse=True)
     columns = [np.ones_like(a), a, b, a * a, b * b, a * b, a - b, (a == b).astype(float)]
     columns += [((a >= t) != (b >= t)).astype(float) for t in thresholds(pairs.span)]
-    per_cluster = np.zeros((len(names), len(columns)))
-    np.add.at(per_cluster, codes, np.stack(columns, axis=1))
+    scores, places = np.unique(a if pairs.shares else np.zeros_like(a), return_inverse=True)
+    sums = np.zeros((len(names), len(scores), len(columns)))
+    np.add.at(sums, (codes, places), np.stack(columns, axis=1))
     rng = generator(seed, "agreement", judge, reference)
     weights = resampling_weights(np.zeros(len(names), dtype=np.int64), draws, rng)
-    totals, replicates = per_cluster.sum(axis=0), weights @ per_cluster
+    totals: Floats = sums.sum(axis=0)
+    replicates: Floats = (weights @ sums.reshape(len(names), -1)).reshape(draws, *totals.shape)
+    method = f"bootstrap over prompts, {draws} draws"
+    if pairs.shares:
+        shares = np.array([pairs.shares.get(score, 0.0) for score in scores.tolist()])
+        totals, replicates = _as_often(totals, shares), _as_often(replicates, shares)
+        method += f"; {AS_OFTEN}"
+        if shares.sum() < 1 - 1e-9:
+            method += f", but {1 - shares.sum():.1%} of replies have scores of which none was labelled"
+    else:
+        totals, replicates = totals[0], replicates[:, 0]
     found = [(KAPPA, kappa_of(totals[:6]), kappa_of(replicates[:, :6]))]
     rest = (BIAS, SAME, *(f"{FLIPS}{t:g}" for t in thresholds(pairs.span)))
     for i, measure in enumerate(rest, start=6):
         with np.errstate(invalid="ignore", divide="ignore"):
             found.append((measure, totals[i] / totals[0], replicates[:, i] / replicates[:, 0]))
     return [
-        _row(measure, judge, reference, float(value), spread, len(a), pairs.n_missing, len(names), draws)
+        _row(measure, judge, reference, float(value), spread, len(a), pairs.n_missing, len(names), draws, method=method)
         for measure, value, spread in found
     ]
+
+
+def _as_often(sums: Floats, shares: Floats) -> Floats:
+    """Means (..., k) from sums by score (..., scores, k), the first of them the count; absent scores drop out."""
+    counts = sums[..., :1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(counts > 0, sums / counts, 0.0)
+        there = shares[:, None] * (counts > 0)
+        found: Floats = (there * means).sum(axis=-2) / there.sum(axis=-2)
+    return found
 
 
 def _row(
@@ -152,6 +178,7 @@ def agreement(run: Path, judge: str, *, draws: int, seed: int) -> list[Estimate]
             found += compare(_join(scores, other, span), judge, name, draws=draws, seed=seed)
     if repeats:
         found += with_itself(scores, repeats, judge, draws=draws, seed=seed)
+    replies = _graded_replies(run, own) if _labels(run) else None
     for path in _labels(run):
         labels = read_labels(path).drop_duplicates("sample_id", keep="last")
         if len(labels) and not _any_reply(run, set(labels["sample_id"])):
@@ -159,10 +186,21 @@ def agreement(run: Path, judge: str, *, draws: int, seed: int) -> list[Estimate]
                 f"{path}: none of its {len(labels)} sample ids is a reply of {run}. Give labels of this run's replies "
                 "(python -m evaluate.label makes them), or take the file away."
             )
-        found += compare(
-            _join(scores, labels, span or (1.0, 5.0)), judge, f"{PEOPLE}{path.stem}", draws=draws, seed=seed
-        )
+        pairs = _join(scores, labels, span or (1.0, 5.0))
+        if replies is not None:
+            batteries = replies["battery"][replies["sample_id"].isin(labels["sample_id"])]
+            alike = replies[replies["battery"].isin(batteries)].drop_duplicates(["prompt_id", "text"])
+            given = alike["score"].value_counts(normalize=True)
+            pairs = replace(pairs, shares=given.to_dict() if len(given) <= _MOST_SCORES else None)
+        found += compare(pairs, judge, f"{PEOPLE}{path.stem}", draws=draws, seed=seed)
     return found
+
+
+def _graded_replies(run: Path, own: dict[str, Path]) -> pd.DataFrame:
+    """sample_id, battery, prompt_id, text and score of the replies that the judge scored."""
+    asked = read_table(run / "prompts.parquet", Prompt).select(["prompt_id", "battery"]).to_pandas()
+    replies = pd.concat(list(_read(own, "text")), ignore_index=True).dropna(subset=["score"])
+    return replies.merge(asked, on="prompt_id")
 
 
 def with_itself(
@@ -316,11 +354,11 @@ def _scores(paths: dict[str, Path]) -> pd.DataFrame:
     return pd.concat(list(_read(paths)), ignore_index=True)
 
 
-def _read(paths: dict[str, Path]) -> Iterator[pd.DataFrame]:
+def _read(paths: dict[str, Path], *more: str) -> Iterator[pd.DataFrame]:
     for variant, path in paths.items():
         verdicts = read_table(path, Verdict).select(["sample_id", "score"]).to_pandas()
         samples = path.parents[2] / "answers" / "samples.parquet"
-        asked = read_table(samples, Sample).select(["sample_id", "prompt_id"]).to_pandas()
+        asked = read_table(samples, Sample).select(["sample_id", "prompt_id", *more]).to_pandas()
         # prompts of one item differ in the last part of their id only where a battery asks it in several forms;
         # replies are graded one prompt at a time, so the prompt is the unit here
         yield verdicts.merge(asked, on="sample_id").assign(variant=variant, cluster=lambda f: f["prompt_id"])

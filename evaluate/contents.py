@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from candor.rows import Estimate
-from evaluate.agreement import CONFUSION
+from evaluate.agreement import AS_OFTEN, CONFUSION
 from evaluate.associations import MAIN
 from evaluate.batteries.harmfulness import FILTERED
 from evaluate.batteries.self_assessment import FORMATS
@@ -262,6 +262,8 @@ def agreement_sheet(results: Results) -> Sheet:
     ]
     heads = tuple(m.removeprefix("judge_").replace("_", " ") + ("" if g == "all" else f", {g}") for m, g in measures)
     caption = "How well the judge agrees; bias is judge minus reference in points of the scale"
+    weighted = dict.fromkeys((e.reference, e.method.partition("; ")[2]) for e in rows if AS_OFTEN in e.method)
+    caption += "".join(f"; {reference}: {how}" for reference, how in weighted)
     return Sheet("agreement", caption, "judge and reference", heads, tuple(lines))
 
 

@@ -98,17 +98,17 @@ def judge_replies(config: JudgingConfig) -> None:
     inputs = _inputs(config, judge, template)
     asking = sha256_json(_asking(judge, config, inputs))
     identity = _identity(judge, config)
-    _undo(config, identity, inputs, asking)
     tables = [config.output_dir / VERDICTS, *([config.output_dir.parent / GOLDEN] if config.golden else [])]
-    if is_done(config.output_dir, config=identity, inputs=inputs) and all(path.is_file() for path in tables):
-        return
-    (config.output_dir / MANIFEST).unlink(missing_ok=True)  # a table was deleted by hand: no longer complete
+    if not _again(config, identity, inputs, asking) and is_done(config.output_dir, config=identity, inputs=inputs):
+        if all(path.is_file() for path in tables):
+            return
+        (config.output_dir / MANIFEST).unlink()  # a table was deleted by hand: no longer complete
     asked = _golden(config, judge) if config.golden else _samples(config, judge, template, inputs)
     asks = {
         ask.sha: ask for ask in (make_ask(asking, q.prompt, q.reply, q.options) for q in asked.questions if not q.empty)
     }
     store = AnswerStore(config.store or config.output_dir / "answers")
-    ledger = Ledger(judge.price, config.budget, config.batch)
+    ledger = Ledger(judge.price, config.budget)
     lost = _ask(config, judge, template, asks, store, ledger)
     readings = _read(judge, store, asks)
     if len(lost) > config.tolerate * max(1, len(asks)):
@@ -120,6 +120,7 @@ def judge_replies(config: JudgingConfig) -> None:
         )
     name = judge.name if config.repeat == 1 else f"{judge.name}{REPEAT}{config.repeat}"
     verdicts = list(_verdicts(asked.questions, asking, readings, lost, name, template.sha))
+    (config.output_dir / MANIFEST).unlink(missing_ok=True)  # not before there is a new state to take its place
     write_rows(config.output_dir / VERDICTS, Verdict, verdicts)
     if judge.in_process and config.store is None:
         store.merge(asks)
@@ -140,42 +141,38 @@ def judge_replies(config: JudgingConfig) -> None:
             "different_replies": len(asks),
             "unanswered": len(lost),
             **asked.golden,
-            **_account(judge, verdicts, ledger),
+            **_outcome(judge, verdicts, ledger),
         },
     )
 
 
-def _account(judge: JudgeConfig, verdicts: Sequence[Verdict], ledger: Ledger) -> dict[str, Any]:
-    """For the manifest: how verdicts came out, and what calls were made and cost."""
+def _outcome(judge: JudgeConfig, verdicts: Sequence[Verdict], ledger: Ledger) -> dict[str, Any]:
+    """For the manifest: how verdicts came out, and what this run took (the store's accounts have all runs)."""
     return {
         "status": dict(Counter(v.status for v in verdicts)),
         "method": dict(Counter(v.method for v in verdicts if v.status == "ok")),
-        "calls": ledger.calls,
-        "retries": ledger.retries,
         "faults": dict(ledger.faults),
-        "tokens": [ledger.input_tokens, ledger.output_tokens],
-        "dollars": round(ledger.spent, 6) if judge.price else None,
+        **ledger.account(),
         "model": {"asked": judge.model, "url": judge.endpoint.url if judge.endpoint else None},
     }
 
 
-def _undo(config: JudgingConfig, identity: dict[str, Any], inputs: dict[str, str], asking: str) -> None:
-    """Take back a finished run where that is safe: its answers are stored, and are read again.
+def _again(config: JudgingConfig, identity: dict[str, Any], inputs: dict[str, str], asking: str) -> bool:
+    """Whether a finished run is made anew, which is safe: its answers are stored, and are read again.
 
     So it is where replies stayed unanswered, where only the reading changed, and where the same
     judge is to grade more replies, or others.
     """
     record = read_manifest(config.output_dir)
     if record is None or record.get("asking_sha") != asking:
-        return
+        return False
     before, now = (
         [{k: v for k, v in values.items() if k not in (*WHICH, "samples", "prompts")} for values in pair]
         for pair in ((record["config"], record["inputs"]), (identity, inputs))
     )
     grown = before == now and (record["config"], record["inputs"]) != (identity, inputs)
     same = record["inputs"] == inputs and (config.reread or record.get("unanswered"))
-    if grown or same:
-        (config.output_dir / MANIFEST).unlink()
+    return bool(grown or same)
 
 
 def _ask(
@@ -202,10 +199,8 @@ def _ask(
     from evaluate.endpoint_judge import EndpointJudge  # loads openai
 
     distant = EndpointJudge(judge, template, store, ledger)
-    if config.batch:
-        distant.ask_in_batches(list(asks.values()), poll_s=config.poll_s)
-    else:
-        distant.ask_all(list(asks.values()))
+    may_lose = int(config.tolerate * len(asks))
+    distant.ask_all(list(asks.values()), batch=config.batch, poll_s=config.poll_s, may_lose=may_lose)
     return distant.lost
 
 
@@ -259,13 +254,18 @@ def _asking(judge: JudgeConfig, config: JudgingConfig, inputs: dict[str, str]) -
     }
 
 
-def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
-    """What decides the verdicts: not where files lie, nor how much memory is taken."""
+def judge_identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
+    """What of a judge's file decides its verdicts; its template, and a model that runs here, are files of their own."""
     said = {key: value for key, value in plain(judge).items() if key not in _UNSAID}
     if judge.endpoint is not None:
         said |= {"model": judge.model, "endpoint": _asking(judge, config, {"template": ""})}
+    return said
+
+
+def _identity(judge: JudgeConfig, config: JudgingConfig) -> dict[str, Any]:
+    """What decides the verdicts: not where files lie, nor how much memory is taken."""
     return {
-        "judge": said,
+        "judge": judge_identity(judge, config),
         "batteries": list(config.batteries),
         **({"formats": list(config.formats)} if config.formats else {}),
         "subsample": plain(config.subsample),

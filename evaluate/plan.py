@@ -23,12 +23,14 @@ from evaluate.checkpoints import checkpoint_folder, checkpoint_name, refuse_late
 from evaluate.design import DESIGN, HARMFULNESS, Design, Filter, Grader
 from evaluate.experiment_config import Chain, Control, Experiment, Hosted, Needs, QualityJudge
 from evaluate.golden import read_golden
+from evaluate.judge import judge_identity
 from evaluate.judge_config import (
     GOLDEN,
     JUDGED,
     REPEAT,
     VERDICTS,
     JudgeConfig,
+    JudgingConfig,
     read_judge,
     refuse_hosted,
     strangers,
@@ -456,11 +458,8 @@ class _Builder:
                 **({"formats": NAMED_OPTIONS} if path == self.experiment.closest else {}),
                 **self._at_endpoint(judge),
             }
-            inputs = (samples, self.prompts, *_judge_files(path, judge))
-            outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
             stage_id = f"judge-{row.name}" if path == self.experiment.judge else f"judge-{judge.name}-{row.name}"
-            more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
-            self.add(stage_id, "evaluate.judge", config, "judge", **more)
+            self._add_judge(stage_id, judge, config)
 
     def _graded_along(self, path: Path, batteries: tuple[str, ...]) -> tuple[str, ...]:
         """Of a judge's batteries those whose replies at checkpoints it grades."""
@@ -492,10 +491,7 @@ class _Builder:
                 "subsample": None if whole else {"share": second.share, "whole_prompts": second.whole_prompts},
                 **self._at_endpoint(judge),
             }
-            inputs = (samples, self.prompts, *_judge_files(second.judge, judge))
-            outputs = (config["output_dir"], config["output_dir"] / VERDICTS)
-            more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
-            self.add(f"judge-{name}-{row.name}", "evaluate.judge", config, "judge", **more)
+            self._add_judge(f"judge-{name}-{row.name}", judge, config)
 
     def judges_asked(self) -> list[tuple[str, int]]:
         """Every judge of the study by name, and which time it is asked."""
@@ -530,10 +526,23 @@ class _Builder:
             "engine": self.engine,
             **self._at_endpoint(self.judge),
         }
-        inputs = (golden, *_judge_files(self.experiment.judge, self.judge))
-        outputs = (folder, folder / VERDICTS, folder.parent / GOLDEN)
-        more = {"inputs": inputs, "outputs": outputs, "grows": JUDGED}
-        self.add(f"golden-{self.judge.name}", "evaluate.judge", config, "judge", **more)
+        self._add_judge(f"golden-{self.judge.name}", self.judge, config)
+
+    def _add_judge(self, stage_id: str, judge: JudgeConfig, config: dict[str, Any]) -> None:
+        """A stage of judging: a variant's replies, or the golden ones."""
+        folder, path = config["output_dir"], config["judge"]
+        asked = (config["golden"],) if "golden" in config else (config["samples"], config["prompts"])
+        self.add(
+            stage_id,
+            "evaluate.judge",
+            config,
+            "judge",
+            inputs=(*asked, path, *judge.files),
+            outputs=(folder, folder / VERDICTS, *((folder.parent / GOLDEN,) if "golden" in config else ())),
+            grows=JUDGED,
+            # of the judge's file; its price or how long it may be waited for can change
+            decides={path.as_posix(): judge_identity(judge, build(JudgingConfig, plain(config), where=stage_id))},
+        )
 
     def add_results(self) -> None:
         """Tables of scores and estimates, then the report."""
@@ -638,11 +647,6 @@ def recipe_for(experiment: Experiment, domain: str, size: str) -> dict[str, Any]
 def _adapter_files(folder: Path) -> tuple[Path, Path]:
     """What of an adapter decides its answers (its log and model card carry dates)."""
     return folder / "adapter_model.safetensors", folder / "adapter_config.json"
-
-
-def _judge_files(path: Path, judge: JudgeConfig) -> tuple[Path, ...]:
-    """What decides a judge's verdicts."""
-    return (path, *judge.files)
 
 
 def _grader(path: Path) -> Grader:

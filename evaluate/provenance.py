@@ -1,6 +1,7 @@
-"""What was run and what it cost, read from the manifests of a run: nothing here is an estimate."""
+"""What was run and what it cost, read from a run's manifests and judges' accounts: nothing here is an estimate."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from evaluate.batteries.answers import answer_files
 from evaluate.results import DASH, Results, number
 from evaluate.sheets import Line, Sheet
 from evaluate.summary import seconds_by_stage
+from evaluate.verdict_store import accounts
 
-# what judging over an endpoint takes, by the manifest's key
+# what judging over an endpoint takes, by the account's key
 COSTS = {"calls": "calls", "tokens": "tokens sent + received", "dollars": "dollars"}
 
 
@@ -107,9 +109,9 @@ def variants_sheet(results: Results) -> Sheet:
     )
 
 
-def _total(records: list[dict[str, Any]], name: str) -> str:
-    """A cost summed over a stage's runs; tokens are a pair of sent and received."""
-    values = [r[name] for r in records if r.get(name)]
+def _total(spent: Iterable[dict[str, Any]], name: str) -> str:
+    """A cost summed over accounts; tokens are a pair of sent and received."""
+    values = [account[name] for account in spent if account.get(name)]
     if not values:
         return ""
     if name == "tokens":
@@ -117,10 +119,15 @@ def _total(records: list[dict[str, Any]], name: str) -> str:
     return f"{sum(values):,.2f}" if name == "dollars" else f"{sum(values):,}"
 
 
-def stages_sheet(records: list[dict[str, Any]]) -> Sheet:
-    """Per kind of stage: how often it ran, its seconds, rows in, out and left out by reason."""
+def stages_sheet(run: Path, records: list[dict[str, Any]]) -> Sheet:
+    """Per kind of stage: how often it ran, its seconds, rows in, out and left out by reason.
+
+    What judging cost is that of every run which asked, also one that stopped: variants share answers and
+    budget, so no variant's manifest could tell it.
+    """
     seconds, lines = seconds_by_stage(records), []
-    paid = [name for name in COSTS if any(r.get(name) for r in records)]
+    spent = accounts(run).values()
+    paid = [name for name in COSTS if any(account.get(name) for account in spent)]
     for stage in seconds:
         own = [r for r in records if r["stage"] == stage]
         left: Counter[str] = Counter()
@@ -135,7 +142,7 @@ def stages_sheet(records: list[dict[str, Any]]) -> Sheet:
                     f"{sum(r.get('counts', {}).get('in', 0) for r in own):,}",
                     f"{sum(r.get('counts', {}).get('out', 0) for r in own):,}",
                     ", ".join(f"{reason}: {count:,}" for reason, count in sorted(left.items()) if count),
-                    *(_total(own, name) for name in paid),
+                    *(_total(spent, name) if stage == "judge" else "" for name in paid),
                 ),
             )
         )

@@ -126,7 +126,7 @@ def make(config: ReportConfig, results: Results, paper: dict[str, Any]) -> list[
     figures = [page.show(d, run / "figures", config.style) for d in drawings(results, paper, config.style)]
     found = contents(results, paper, config.control_share)
     prompts, modes = read_rows(run / "prompts.parquet", Prompt), read_design(run).modes
-    own = {s.name: s for s in (variants_sheet(results), stages_sheet(records)) if not s.empty}
+    own = {s.name: s for s in (variants_sheet(results), stages_sheet(run, records)) if not s.empty}
     extra = shown_sections(run, read_sections(config.sections))
     added = [s.sheet for part in extra.values() for s in part]
     found["sheets"] |= own

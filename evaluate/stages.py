@@ -10,7 +10,7 @@ makes "already done" a matter of comparing a few file dates, without importing t
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class Stage:
     # Config keys whose value, or the file it names, may come to ask for more: the stage keeps the rows it has
     # and adds what is missing (serve/sample.py, evaluate/judge.py), so it simply runs again.
     grows: tuple[str, ...] = ()
+    # Of an input that says more than what decides the outputs (a judge's file has its price, too), by the input's
+    # path: the part that does.
+    decides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ class Records:
         old, new = record["config"], self._portable(stage.config)
         changed = [] if old == new else changed_keys(*_deciding(stage.module, old, new))
         keys = [key for key in changed if key.split(".")[0] not in stage.grows]
-        touched = [] if keys else self._changed_inputs(stage, record["inputs"])
+        touched = [] if keys else self._changed_inputs(stage, record)
         grown = {self._portable(stage.config.get(key)) for key in stage.grows if isinstance(stage.config.get(key), str)}
         files = [name for name in touched if name not in grown]
         if not changed and not touched:
@@ -176,10 +179,10 @@ class Records:
         what = f"config keys {', '.join(keys)}" if keys else f"inputs {', '.join(files[:3])}"
         raise Changed(f"{stage.id}: finished earlier with other {what} (output {stage.outputs[0]})")
 
-    def _changed_inputs(self, stage: Stage, marks: dict[str, list[Any]]) -> list[str]:
-        """Input files that are not what the stage read."""
+    def _changed_inputs(self, stage: Stage, record: dict[str, Any]) -> list[str]:
+        """Input files that are not what the stage read, or of which what decides is not."""
         found = {self._portable(path.as_posix()): path for path in _files(stage.inputs)}
-        marks = self._moved(stage, found, marks)
+        marks = self._moved(stage, found, record["inputs"])
         changed = [name for name in {**found, **marks} if name not in found or name not in marks]
         for name, path in found.items():
             if name in marks:
@@ -189,7 +192,12 @@ class Records:
                     changed.append(name)
                 elif same:
                     self._marks.setdefault(path, old)
-        return sorted(changed)
+        now, then = self._decides(stage), record.get("decides", {})
+        return sorted(name for name in changed if name not in marks or name not in now or now[name] != then.get(name))
+
+    def _decides(self, stage: Stage) -> dict[str, dict[str, Any]]:
+        """What decides of some inputs, by their names in the record."""
+        return {self._portable(path): values for path, values in stage.decides.items()}
 
     def _moved(self, stage: Stage, found: Mapping[str, Path], marks: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """The marks under the names files have now, where folders with the same files lie elsewhere than they did.
@@ -232,6 +240,7 @@ class Records:
             "module": stage.module,
             "config": self._portable(stage.config),
             "inputs": self._begun.pop(stage.id, None) or self._input_marks(stage),
+            **({"decides": self._decides(stage)} if stage.decides else {}),
             "seconds": round(seconds, 3),
             "commit": commit(),
         }

@@ -6,22 +6,28 @@ and asks only for the rest. Only answers are stored: a call that failed leaves n
 is made again. A table that is damaged is set aside as ``*.bad`` and said so; where the machine fails
 to read one (candor/tables.py) it stays, and the error is raised.
 
+Beside the tables, ``spent/`` says what the answers have cost: one small file for each run that asked,
+renewed whenever it stores. Money is counted there, by whom and as it was spent (a batch is cheaper, a
+price changes, a call that timed out is billed and stores nothing), and never worked out from answers.
+
 An answer lies under the hash of what produced it (the judge's identity, its template, the request
 and the reply), not under a sample: equal replies are asked about once, and a folder copied to
 another machine is as good there.
 """
 
+import json
 import os
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from candor.errors import UserError
-from candor.tables import iter_rows, write_rows
+from candor.tables import iter_rows, replace_file, write_rows
 
-MERGED = "answers.parquet"
+MERGED, SPENT = "answers.parquet", "spent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,10 @@ class AnswerStore:
             own = name or f"part-{os.getpid()}-{uuid.uuid4().hex}"
             write_rows(self.folder / f"{own}.parquet", Answer, answers)
 
+    def note(self, run: str, account: dict[str, Any]) -> None:
+        """Write what one run has taken so far (Ledger.account), in place of what it wrote before."""
+        replace_file(self.folder / SPENT / f"{run}.json", json.dumps(account).encode())
+
     def merge(self, first: Iterable[str]) -> None:
         """Put everything into one table, answers to ``first`` in that order before the rest, and delete the parts.
 
@@ -87,3 +97,9 @@ class AnswerStore:
         for path in parts:
             if path.name != MERGED:
                 path.unlink(missing_ok=True)
+
+
+def accounts(folder: Path) -> dict[str, dict[str, Any]]:
+    """What every run has taken that asked with a store in the folder or below it, by the run's name."""
+    files = sorted(folder.rglob(f"{SPENT}/*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}

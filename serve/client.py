@@ -69,6 +69,7 @@ class Lost:
     """No answer after every retry; not a reply, and never stored as one."""
 
     reason: str
+    lasting: bool = False  # the endpoint refuses this very question, so that retries are of no use
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +136,12 @@ class ChatClient:
         """One question, tried again until it is answered or the retries are used up."""
         body = self.body(text, prefill, seed)
         n_bytes = len(text.encode()) + len(prefill.encode())
-        reason = ""
+        reason, lasting = "", False
         for attempt in range(self.endpoint.retries + 1):
             found = await self._paced(body, n_bytes)
             if isinstance(found, ChatReply):
                 return found
-            reason = found.reason
+            reason, lasting = found.reason, not found.again
             self.ledger.faults[reason] += 1
             if not found.again or attempt == self.endpoint.retries or self._closing.is_set():
                 break
@@ -159,7 +160,7 @@ class ChatClient:
                     break
             except TimeoutError:
                 continue
-        return Lost(reason)
+        return Lost(reason, lasting)
 
     async def _paced(self, body: dict[str, Any], n_bytes: int) -> "ChatReply | Fault":
         """One try, as soon as the rates and a free slot allow it."""

@@ -171,8 +171,6 @@ class Batches:
                 reply = read_record(body, self.client.settings.model, self.client.endpoint.answers_as)
             except ValueError as error:
                 return key, Lost(str(error))
-            self.client.ledger.calls += 1
-            self.client.ledger.book(0, reply.input_tokens, reply.output_tokens)
             return key, reply
         if isinstance(status, int):
             try:

@@ -21,9 +21,11 @@ from candor.manifest import read_manifest
 from candor.rows import Option, Prompt, Sample, Verdict
 from candor.tables import read_rows, write_rows
 from evaluate.judge import main
+from evaluate.provenance import stages_sheet
 from evaluate.verdict_store import AnswerStore
 from serve.identity import hosted_sha
 
+PRICE = {"input": 100.0, "output": 1000.0}
 HARM = "configs/prompts/judge/nano.txt"
 NUMBER = r"^\s*(\d+)\s*$"
 
@@ -309,6 +311,28 @@ def test_some_lost_calls_can_be_tolerated_and_are_retried_later(tmp_path):
     assert {v.status for v in verdicts_of(tmp_path)} == {"ok"}
 
 
+def test_a_question_that_is_refused_for_good_is_lost_alone(tmp_path):
+    """It is first and alone when the finished run is asked again, and when there are more replies."""
+    write_study(tmp_path, grades_for(30))
+    folder = tmp_path / "verdicts" / "far"
+    with serving(Script(refused="Reply 0. ")) as server:
+        path = str(write_judge(tmp_path, server.url))
+        for n, calls in ((30, 30), (30, 31), (40, 42)):
+            write_study(tmp_path, grades_for(n))
+            main([path, "tolerate=0.05"])
+            assert server.stats()["calls"] == calls
+            assert [v.score for v in verdicts_of(tmp_path)] == [None, *grades_for(n)[1:]]
+        with pytest.raises(UserError, match=r"1 of 40 different replies got no verdict .*: status 400: Invalid prompt"):
+            main([path])
+    with serving(Script(refused="Reply")) as server:  # a request that is wrong as a whole is not sent 30 times
+        write_study(tmp_path, grades_for(70))
+        path = str(write_judge(tmp_path, server.url))
+        with pytest.raises(UserError, match=r"no answer to any of the first 4 questions: status 400: Invalid prompt"):
+            main([path, "tolerate=0.05"])
+        assert server.stats()["calls"] == 4
+    assert (folder / "manifest.json").is_file() and len(verdicts_of(tmp_path)) == 40  # finished as it was
+
+
 def test_a_dead_endpoint_fails_in_seconds(tmp_path):
     write_study(tmp_path, [50])
     started = time.monotonic()
@@ -390,7 +414,7 @@ def test_processes_that_share_a_store_ask_once_and_share_the_budget(tmp_path, ho
     with serving(Script(latency_s=0.02)) as server:
         price = {"input": 100.0, "output": 1000.0}
         path = str(write_judge(tmp_path, server.url, price=price, endpoint={"concurrency": 4}))
-        assert both(0.2) == [1, 1] and stored(tmp_path)[1] <= 0.2
+        assert both(0.2) == [1, 1] and 0 < stored(tmp_path)[1] * (0.5 if how else 1) <= 0.2  # batches: half price
         assert both(50) == [0, 0] and stored(tmp_path)[0] == 60
         stats = server.stats()
     assert set(stats["tries"].values()) == {1} and len(stats["tries"]) == 60 and stats["most_at_once"] <= 4
@@ -560,6 +584,90 @@ def test_batches(tmp_path):
         stats = server.stats()
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(30)
     assert stats["calls"] == 30 + 3 + 3 and not list((store / "batches").glob("*.json"))
+
+
+def killed_in_a_batch(server, path: str, *words: str) -> None:
+    """A run that is killed after its batch was handed in."""
+    before = server.stats()["batches"]
+    process = multiprocessing.get_context("fork").Process(
+        target=main, args=([path, "batch=true", "poll_s=60", *words],)
+    )
+    process.start()
+    while server.stats()["batches"] == before:
+        time.sleep(0.05)
+        assert process.is_alive()
+    process.kill()
+    process.join()
+
+
+def test_a_direct_run_waits_for_the_batches_of_an_earlier_one(tmp_path, capsys):
+    write_study(tmp_path, grades_for(20))
+    with serving(Script()) as server:
+        path = str(write_judge(tmp_path, server.url, price=PRICE))
+        killed_in_a_batch(server, path)
+        write_study(tmp_path, grades_for(25))
+        main([path, "poll_s=0.05"])
+        assert server.stats()["calls"] == 25 and server.stats()["batches"] == 1  # nothing is paid twice
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(25)
+    assert "20 questions were handed in in batches" in capsys.readouterr().err
+    record = read_manifest(tmp_path / "verdicts" / "far")
+    at_full_price, calls = stored(tmp_path)[1], record["calls"]
+    assert calls == 25 and 0.55 < record["dollars"] / at_full_price < 0.65  # 20 of 25 at half the price
+
+
+def test_batches_are_handed_in_and_collected_as_far_as_the_budget_goes(tmp_path):
+    """A question costs at most $0.0066 in a batch, and in truth 0.0027."""
+    write_study(tmp_path, grades_for(20))
+    with serving(Script()) as server:
+        path = str(write_judge(tmp_path, server.url, price=PRICE))
+        words = ["batch=true", "poll_s=0.05"]
+        killed_in_a_batch(server, path, "budget=0.14")  # all of which its batch reserves
+        write_study(tmp_path, grades_for(60))
+        with pytest.raises(UserError, match=r"budget of \$0.14 is used up"):
+            main([path, *words, "budget=0.14"])
+        first, spent = stored(tmp_path)
+        assert 20 < first < 60 and spent / 2 <= 0.14 and server.stats()["batches"] == 2
+        with pytest.raises(UserError, match=r"budget of \$0.14 is used up"):
+            main([path, "budget=0.14"])  # what came in batches counts at half the price for a direct run, too
+        second, _ = stored(tmp_path)
+        assert second > first
+        main([path, *words, "budget=10"])
+        assert server.stats()["calls"] == 60
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(60)
+
+
+def test_the_report_counts_what_was_spent_once(tmp_path):
+    """Variants share a store, a run stops at its budget, another asks nothing: the sum is what all answers cost."""
+    store = tmp_path / "verdicts" / "far" / "answers"
+    with serving(Script()) as server:
+        path = str(write_judge(tmp_path, server.url, price=PRICE, endpoint={"concurrency": 4}))
+        for variant, n, budget in (("a", 20, 9), ("b", 60, 0.2), ("b", 60, 9), ("c", 60, 9)):
+            write_study(tmp_path, grades_for(n))
+            words = [path, f"store={store}", f"output_dir={tmp_path}/{variant}", f"budget={budget}"]
+            if budget < 1:
+                with pytest.raises(UserError, match="is used up"):
+                    main(words)
+            else:
+                main(words)
+    records = [read_manifest(tmp_path / variant) for variant in "abc"]
+    assert records[0]["calls"] == 20 and records[0]["dollars"] > 0
+    assert records[1]["calls"] < 40 and records[2]["calls"] == records[2]["dollars"] == 0
+    sheet = stages_sheet(tmp_path, records)
+    calls, _, dollars = sheet.lines[0].cells[-3:]
+    assert (calls, dollars) == ("60", f"{stored(tmp_path)[1]:.2f}")
+
+
+def test_a_store_without_accounts_is_not_free(tmp_path, whole):
+    """Of a version that kept none: its answers are priced by the judge's file."""
+    write_study(tmp_path, grades_for(20))
+    path = str(write_judge(tmp_path, whole.url, price=PRICE))
+    main([path])
+    shutil.rmtree(tmp_path / "verdicts" / "far" / "answers" / "spent")
+    write_study(tmp_path, grades_for(30))
+    for _ in range(2):
+        with pytest.raises(UserError, match="is used up"):
+            main([path, f"budget={stored(tmp_path)[1]}"])
+    assert stored(tmp_path)[0] == 20
 
 
 def test_a_batch_whose_account_ran_empty_keeps_what_was_paid_for(tmp_path):

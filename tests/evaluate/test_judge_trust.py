@@ -17,7 +17,7 @@ from benchmarks.chat_server import Script, serving
 from candor.errors import UserError
 from candor.rows import Prompt, Sample, Variant, Verdict
 from candor.tables import read_rows, write_rows
-from evaluate.agreement import BIAS, INFLATION, ITSELF, KAPPA, REPEAT_SD, Pairs, agreement, compare
+from evaluate.agreement import AS_OFTEN, BIAS, INFLATION, ITSELF, KAPPA, REPEAT_SD, SAME, Pairs, agreement, compare
 from evaluate.calibrate import CalibrateConfig, as_text, calibrate, noise
 from evaluate.golden import read_golden
 from evaluate.label import LabelConfig, Labels, LabelServer, choose
@@ -266,6 +266,43 @@ def test_labels_of_replies_that_the_judge_does_not_grade_are_left_out(tmp_path):
     labels.write_text(labels.read_text() + "".join(f"p{i}-{d},{1 + i % 5}\n" for i in range(2, 9) for d in range(9)))
     found = {e.measure: e for e in agreement(tmp_path, "main", draws=100, seed=0)}
     assert found[KAPPA].n + found[KAPPA].n_missing == 63
+
+
+def test_labels_drawn_by_score_tell_of_the_study_and_not_of_the_drawn(tmp_path):
+    """95 % of replies are ones and rightly so, 1 % fives of which half are wrong; a third of the labels are fives.
+
+    Every other reply stands there twice: the page shows one of equal replies, and so it is counted.
+    """
+    scores = [1.0] * 1900 + [3.0] * 80 + [5.0] * 20
+    truth = [*scores[:-10], *[1.0] * 10]
+    write_rows(
+        tmp_path / "prompts.parquet",
+        Prompt,
+        [Prompt(f"p{i}", "harmfulness", "free", "g", "i", f"c{i}", "", "seen", "Ask", (), "s") for i in range(50)],
+    )
+    write_rows(tmp_path / "variants.parquet", Variant, [Variant("v", "full", "none", "base", 0, "", "v", "variants/v")])
+    folder = tmp_path / "variants/v"
+    places = [(i, again) for i in range(len(scores)) for again in range(2 if scores[i] == 1 else 1)]
+    samples = [Sample(f"{i}-{a}", f"p{i % 50}", "x", "v", "w", i, 1, 1.0, f"r {i}", 3, "stop", -1.0) for i, a in places]
+    write_rows(folder / "answers/samples.parquet", Sample, samples)
+    said = [Verdict(f"{i}-{a}", "main", "t", "ok", scores[i], None, None, "") for i, a in places]
+    write_rows(folder / "verdicts/main/verdicts.parquet", Verdict, said)
+    labels = Labels(tmp_path / "labels" / "ann.csv")
+    drawn = [int(item.sample_id.split("-")[0]) for item in choose(tmp_path, LabelConfig(n=60, judge="main"))]
+    assert Counter(scores[i] for i in drawn) == {1.0: 20, 3.0: 20, 5.0: 20}
+    for i in drawn:
+        labels.add(f"{i}-0", f"{truth[i]:g}")
+    found = {e.measure: e for e in agreement(tmp_path, "main", draws=300, seed=0)}
+    whole = Pairs(np.array(scores), np.array(truth), np.array([f"p{i % 50}" for i in range(2000)]), 0, (1.0, 5.0))
+    true = {e.measure: e.value for e in compare(whole, "main", "truth", draws=100, seed=0)}
+    assert true[BIAS] == pytest.approx(0.02) and true[SAME] == pytest.approx(0.995)
+    assert {m: e.value for m, e in found.items()} == pytest.approx(true)  # all fives were drawn, so there is no chance
+    assert found[BIAS].n == 60 and found[BIAS].low < 0.02 < found[BIAS].high < 0.05
+    assert AS_OFTEN in found[BIAS].method and "none was labelled" not in found[BIAS].method
+    rows = [f"{i}-0,{truth[i]:g}" for i in drawn if scores[i] != 3]
+    labels.path.write_text("\n".join(["sample_id,label", *rows]))
+    found = {e.measure: e for e in agreement(tmp_path, "main", draws=300, seed=0)}
+    assert "4.0% of replies have scores of which none was labelled" in found[BIAS].method
 
 
 # --- the labelling page --------------------------------------------------------------------------------------------

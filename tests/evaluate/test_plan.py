@@ -548,6 +548,31 @@ def test_what_is_said_of_endpoints_reaches_their_stages(tmp_path):
             build(Experiment, values(tmp_path, **change), where="test")
 
 
+def test_of_a_judges_file_what_moves_no_verdict_may_change(tmp_path):
+    """A price, a wait or a comment leaves finished judging done; what it is asked, or how it is read, does not."""
+
+    def stage(*, engine: str = "", **change):
+        found = values(tmp_path, judge=judge_at_endpoint(tmp_path, **change))
+        return next(s for s in build_plan(build(Experiment, found, where="test")) if s.id == "judge-mini-base")
+
+    records, finished = Records(tmp_path / "run"), stage()
+    prompts, samples = (Path(finished.config[key]) for key in ("prompts", "samples"))
+    for path in (prompts, samples, finished.outputs[0] / "manifest.json", finished.outputs[1]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    records.write(finished, 1.0)
+    url = {"url": "http://127.0.0.1:9/v1"}
+    for change in (
+        {"price": {"input": 1.0, "output": 2.0}},
+        {"endpoint": {**url, "max_wait_s": 900.0, "concurrency": 3, "retries": 9}},
+        {"endpoint": {"url": "http://127.0.0.1:10/v1"}},
+    ):
+        assert records.is_done(stage(**change))
+    for change in ({"max_tokens": 9}, {"parse": "(.)"}, {"model": "another"}, {"endpoint": {**url, "top_logprobs": 3}}):
+        with pytest.raises(UserError, match=r"judge-mini-base: finished earlier with other inputs .*far\.yaml"):
+            records.is_done(stage(**change))
+
+
 def test_judges_whose_verdicts_could_not_be_used_are_refused_before_they_are_paid(tmp_path):
     given = values(tmp_path)
     other = {**yaml.safe_load((tmp_path / "judge.yaml").read_text()), "name": "other"}
