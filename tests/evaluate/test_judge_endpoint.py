@@ -609,7 +609,7 @@ def test_a_direct_run_waits_for_the_batches_of_an_earlier_one(tmp_path, capsys):
         main([path, "poll_s=0.05"])
         assert server.stats()["calls"] == 25 and server.stats()["batches"] == 1  # nothing is paid twice
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(25)
-    assert "20 questions were handed in in batches" in capsys.readouterr().err
+    assert "20 questions are in batches that were handed in earlier" in capsys.readouterr().err
     record = read_manifest(tmp_path / "verdicts" / "far")
     at_full_price, calls = stored(tmp_path)[1], record["calls"]
     assert calls == 25 and 0.55 < record["dollars"] / at_full_price < 0.65  # 20 of 25 at half the price
