@@ -44,6 +44,26 @@ FAULTS = (
     "huge",
 )
 NOT_RETRIED = ("no-logprobs", "half-characters")  # an answer all the same
+DECLINES = (  # how endpoints say that they will not have a question: status and error
+    (400, {"code": "content_filter", "message": "The prompt was filtered."}),
+    (
+        400,
+        {
+            "code": "invalid_prompt",
+            "type": "invalid_request_error",
+            "message": "Invalid prompt: your prompt was flagged as potentially violating our usage policy. Please try "
+            "again with a different prompt.",
+        },
+    ),
+    (
+        403,
+        {
+            "code": 403,
+            "message": 'a/judge requires moderation on A. Your input was flagged for "violence".',
+            "metadata": {"reasons": ["violence"], "flagged_input": "Reply ...", "provider_name": "A"},
+        },
+    ),
+)
 _GRADE = re.compile(r"grade=(\d+)")
 
 
@@ -55,7 +75,9 @@ class Script:
     jitter_s: float = 0.0  # added, uniformly from 0
     fault_share: float = 0.0  # of tries
     faults: tuple[str, ...] = FAULTS
-    filtered_share: float = 0.0  # of questions, always: half as an error 400, half as a finish reason
+    filtered_share: float = 0.0  # of questions, always: by an error (DECLINES) or a finish reason
+    thinking_share: float = 0.0  # of questions, always: cut off before the first word of the answer
+    context: int = 0  # bytes of a question; longer ones are an error 400
     refused: str = ""  # questions with this in them are refused for good, with a status 400
     slow_s: float = 5.0
     huge_bytes: int = 8_000_000
@@ -73,6 +95,8 @@ class Script:
     spread: float = 0.4  # probability of the grade 10 (or, up to 5, 1) lower than the one that is told
     batches_fail: int = 0  # so many lines of a batch come back as errors
     batches_unpaid: int = 0  # and so many after them, because the account ran empty
+    # of the first calls that hand batches in: "refused" with a 503, or "unsaid": taken, and answered with a 500
+    batch_faults: tuple[str, ...] = ()
 
 
 @dataclass
@@ -87,6 +111,7 @@ class Seen:
     turned_away: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     tries: Counter[str] = field(default_factory=Counter)  # by question
+    handed_in: int = 0  # calls that hand a batch in
     batches: int = 0
     connections: int = 0
 
@@ -168,10 +193,15 @@ class Server:
         if over:
             await _send(writer, 429, {"error": {"message": "slow down"}}, {**limits, "retry-after": "1"})
             return True
+        if 0 < self.script.context < len(question.encode()):
+            message = f"This model's maximum context length is {self.script.context} tokens."
+            await _send(writer, 400, {"error": {"code": 400, "message": message}}, limits)
+            return True
         filtered = _share("filter", question) < self.script.filtered_share
-        if filtered and _share("how", question) < 0.5:
-            error = {"error": {"code": "content_filter", "message": "The prompt was filtered."}}
-            await _send(writer, 400, error, limits)
+        how = hash64("how", question) % (1 + len(DECLINES))
+        if filtered and how < len(DECLINES):
+            status, error = DECLINES[how]
+            await _send(writer, status, {"error": error}, limits)
             return True
         if self.script.refused and self.script.refused in question:
             await _send(writer, 400, {"error": {"code": "invalid_prompt", "message": "Invalid prompt."}}, limits)
@@ -263,6 +293,8 @@ class Server:
         choice["message"] = {"role": "assistant", "content": "".join(t for t, _ in tokens)}
         if body.get("logprobs"):
             choice["logprobs"] = {"content": [_entry(t, odds) for t, odds in tokens]}
+        if _share("thinking", question) < script.thinking_share:
+            choice |= {"finish_reason": "length", "message": {"role": "assistant", "content": None}, "logprobs": None}
         if filtered:
             choice |= {"finish_reason": "content_filter", "message": {"role": "assistant", "content": None}}
         usage = {"prompt_tokens": round(_tokens(body)), "completion_tokens": len(tokens)}
@@ -283,10 +315,15 @@ class Server:
             await writer.drain()
         elif parts == ["batches"] and method == "POST":
             asked = json.loads(body)
+            self.seen.handed_in += 1
+            fault = dict(enumerate(self.script.batch_faults, 1)).get(self.seen.handed_in)
+            if fault == "refused":
+                await _send(writer, 503, {"error": {"message": "try later"}})
+                return True
             self.seen.batches += 1
             name = f"batch-{self.seen.batches}"
             self._batches[name] = {**asked, "id": name, "object": "batch", "status": "in_progress", "created_at": 0}
-            await _send(writer, 200, self._batches[name])
+            await _send(writer, 500 if fault == "unsaid" else 200, self._batches[name])
         elif parts == ["batches"]:
             listed = list(self._batches.values())
             await _send(writer, 200, {"object": "list", "data": listed, "has_more": False})

@@ -8,8 +8,9 @@ What a batch is asked already, one of a killed run or of another process, is wai
 twice, also by a run that asks directly.
 
 The first question goes alone. It shows within seconds whether the key, the model's name and the
-endpoint are right, what a call takes and which rates are allowed; then the rest follows. Where the
-endpoint refuses that very question for good, the next one goes alone. Where the
+endpoint are right, what a call takes and which rates are allowed; then the rest follows. It is the
+shortest: where that is longer than the context the endpoint serves, all are. Where the endpoint
+refuses that very question for good, the next one goes alone. Where the
 endpoint can go on from a begun answer, numbers whose pieces the first call did not show are asked
 for, so that their probability is known too.
 """
@@ -31,7 +32,7 @@ from evaluate.judge_ask import Ask
 from evaluate.judge_config import JudgeConfig
 from evaluate.judge_reading import odds
 from evaluate.verdict_store import Answer, AnswerStore, accounts
-from serve.client import ChatClient, ChatReply, Lost, Settings
+from serve.client import TOO_LONG, ChatClient, ChatReply, Lost, Settings
 from serve.client_batch import Batches, Record
 from serve.ledger import Ledger, OverBudget
 from train.claim import Check, claimed
@@ -57,6 +58,7 @@ class EndpointJudge:
         self._flushed = time.monotonic()
         self._in_a_row = 0
         self._stop: UserError | None = None
+        self._fresh = True  # whether the store holds none of the answers
         self._run = uuid.uuid4().hex  # names this run in the store's accounts
         self._handed_in: set[str] = set()  # by this run; each question once
         self._over: OverBudget | None = None  # why not everything was handed in
@@ -82,7 +84,7 @@ class EndpointJudge:
             self.lost = {sha: told.get(sha, "no answer in the batch") for sha in missing}
 
     def _missing(self, asks: Sequence[Ask]) -> list[Ask]:
-        """What the store does not hold; the ledger then says what other runs have spent."""
+        """What the store does not hold, the shortest first; the ledger then says what other runs have spent."""
         known, tokens = set(), [0, 0]
         for answer in self.store.read():
             known.add(answer.ask_sha)
@@ -92,7 +94,10 @@ class EndpointJudge:
             self.store.note(f"earlier-{self._run}", {"calls": len(known), "tokens": tokens, "dollars": None})
             noted = accounts(self.store.folder)
         self.ledger.before = sum(self._dollars(account) for run, account in noted.items() if run != self._run)
-        return [ask for ask in asks if ask.sha not in known]
+        missing = [ask for ask in asks if ask.sha not in known]
+        self._fresh = len(missing) == len(asks)
+        shortest = min(missing, key=lambda ask: len(ask.prompt) + len(ask.reply), default=None)
+        return sorted(missing, key=lambda ask: ask is not shortest)
 
     def _dollars(self, account: Mapping[str, Any]) -> float:
         """What a run has spent; by today's price where none was known then."""
@@ -149,15 +154,16 @@ class EndpointJudge:
     async def _probe(self, client: ChatClient, rest: Iterator[Ask], may_lose: int) -> None:
         """One question at a time until one is answered; those that are refused for good are lost like any other."""
         for ask in rest:
-            lost = await self._one(client, ask)
-            if lost is None:
+            reply = await self._one(client, ask)
+            self._check_first(reply)
+            if isinstance(reply, ChatReply) or reply.reason == TOO_LONG:  # at least the endpoint does answer
                 return
-            if not lost.lasting or len(self.lost) > max(may_lose, _REFUSED):
+            if not reply.lasting or len(self.lost) > max(may_lose, _REFUSED):
                 n = len(self.lost)
                 which = "the first question" if n == 1 else f"any of the first {n} questions"
-                again = "" if lost.lasting else f", not even after {self.endpoint.retries} retries"
+                again = "" if reply.lasting else f", not even after {self.endpoint.retries} retries"
                 raise UserError(
-                    f"{self.endpoint.url} gave no answer to {which}{again}: {lost.reason}. Check the endpoint and run "
+                    f"{self.endpoint.url} gave no answer to {which}{again}: {reply.reason}. Check the endpoint and run "
                     "again."
                 )
 
@@ -172,7 +178,7 @@ class EndpointJudge:
                 self._stop = self._stop or error
                 client.close_soon()
                 return
-            if self._in_a_row > _ROW + self.endpoint.concurrency:
+            if self._stop is None and self._in_a_row > _ROW + self.endpoint.concurrency:
                 why = ", ".join(f"{reason} ({n})" for reason, n in self.ledger.faults.most_common(3))
                 self._stop = UserError(
                     f"{self.endpoint.url} stopped answering: {self._in_a_row} calls in a row failed ({why}). What was "
@@ -180,8 +186,8 @@ class EndpointJudge:
                 )
                 client.close_soon()
 
-    async def _one(self, client: ChatClient, ask: Ask) -> Lost | None:
-        """One question with its follow-ups; how it was lost, if it was."""
+    async def _one(self, client: ChatClient, ask: Ask) -> ChatReply | Lost:
+        """One question with its follow-ups."""
         text = ask.text(self.template)
         reply = await client.ask(text)
         evidence = _evidence(reply) if isinstance(reply, ChatReply) else {}
@@ -189,11 +195,11 @@ class EndpointJudge:
             reply = await self._follow(client, ask, text, reply, evidence)
         if isinstance(reply, Lost):
             self.lost[ask.sha] = reply.reason
-            self._in_a_row += 1
+            self._in_a_row += reply.reason != TOO_LONG  # to which the endpoint did answer
             return reply
         self._in_a_row = 0
         self._keep(as_answer(ask.sha, reply, evidence))
-        return None
+        return reply
 
     async def _follow(
         self, client: ChatClient, ask: Ask, text: str, reply: ChatReply, evidence: dict[str, dict[str, float]]
@@ -220,6 +226,20 @@ class EndpointJudge:
                 break
             evidence[begun] = _kept(more.tokens[0].odds)
         return reply
+
+    def _check_first(self, reply: ChatReply | Lost) -> None:
+        """UserError where the first answer of all shows that no other can be of use."""
+        url, model = self.endpoint.url, self.config.model
+        if self._fresh and isinstance(reply, Lost) and reply.reason == TOO_LONG:
+            raise UserError(
+                f"{url}: even the shortest question to {model} is {TOO_LONG}. Serve it with a longer one, or choose "
+                "another judge."
+            )
+        if self._fresh and isinstance(reply, ChatReply) and reply.finish_reason == "length" and not reply.text:
+            raise UserError(
+                f"{url}: {model} was cut off before the first word of its answer, by max_tokens: "
+                f"{self.config.max_tokens}. If it thinks before it answers, give it more. To go on as it is, run again."
+            )
 
     def _keep(self, answer: Answer) -> None:
         self._ready.append(answer)

@@ -49,6 +49,7 @@ from serve.vocabulary import can_enumerate
 EMPTY = "(empty reply: not put to the judge)"
 _NOT_WORDS = {
     "too_long": "(longer than the judge's context: not judged)",
+    "length": "(cut off before its first word: raise the judge's max_tokens)",
     "content_filter": "(the endpoint's content filter stopped the judge)",
 }
 # Keys of a judge that decide how its answers are read, not what it answers.

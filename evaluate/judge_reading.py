@@ -52,7 +52,9 @@ def read(answer: Answer, config: JudgeConfig, options: tuple[Option, ...] = ()) 
     covered = None if masses is None else float(sum(masses))
     told = told_by(answer.reply, config)
     if told is None or answer.finish_reason == "length":  # cut off: "1" may have been on its way to 100
-        refused = told is None and re.search(config.refusal, answer.reply, re.IGNORECASE)
+        # models write "I'm" with either apostrophe
+        ways = (answer.reply, answer.reply.replace("\u2019", "'"))
+        refused = told is None and any(re.search(config.refusal, words, re.IGNORECASE) for words in ways)
         return Reading("refused" if refused else "unparsed", None, None, covered, method)
     word = _lookup(config.words, told)
     if word is not None:

@@ -21,9 +21,9 @@ from dataclasses import replace
 from candor.errors import UserError
 from candor.hashing import hash64
 from candor.rows import Option
-from serve.client import ChatClient, ChatReply, Lost, Settings, TokenOdds
+from serve.client import TOO_LONG, ChatClient, ChatReply, Lost, Settings, TokenOdds
 from serve.config import EngineConfig
-from serve.engine import OptionScores, Reply, Request, Unanswered
+from serve.engine import OptionScores, Reply, Request, Unanswered, Unscored
 from serve.fit import tokens_of_answer
 from serve.identity import hosted_sha
 from serve.ledger import Ledger
@@ -31,6 +31,7 @@ from serve.options import parse, surfaces_of
 
 MOST_FOLLOWED = 24  # begun answers that are followed up, likeliest first
 LARGEST_UNDECIDED = 0.02  # probability; a question with more of it undecided is sampled
+Silence = Lost | UserError  # instead of an answer; the latter stops what is not under way
 _ENDS = ("", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "</s>")  # how endpoints write the end of a reply
 
 
@@ -48,24 +49,24 @@ class ApiEngine:
     ) -> list[list[Reply]]:
         """Replies per request, in order (serve.engine.Engine.sample)."""
         calls = [(r.text, seed_of(key, r.stream, r.first_draw + d)) for r in requests for d in range(r.n)]
-        found = iter(asyncio.run(self._draw(calls, temperature, max_tokens)))
-        replies = [[next(found) for _ in range(r.n)] for r in requests]
-        lost = [reply.reason for made in replies for reply in made if isinstance(reply, Lost)]
-        kept = [[None if isinstance(reply, Lost) else as_reply(reply, r.text) for reply in made]
-                for r, made in zip(requests, replies, strict=True)]  # fmt: skip
-        if lost:
-            raise Unanswered(
-                f"{self.api.endpoint.url} gave no answer to {len(lost)} of {len(calls)} calls, the first for: "
-                f"{lost[0]}. The others are kept; run again for the rest.",
-                kept,
-            )
+        found = asyncio.run(self._draw(calls, temperature, max_tokens))
+        replies = iter(as_reply(reply) if isinstance(reply, ChatReply) else None for reply in found)
+        kept = [[next(replies) for _ in range(r.n)] for r in requests]
+        told = self._silence("calls", [text for text, _ in calls], found)
+        if told:
+            raise Unanswered(told, kept)
         return [[reply for reply in made if reply is not None] for made in kept]
 
     def distributions(self, texts: Sequence[str], options: Sequence[tuple[Option, ...]]) -> list[OptionScores]:
         """Option probabilities per prompt, each marked with how it was found."""
         for group in options:
             surfaces_of(group)
-        return asyncio.run(self._score(list(zip(texts, options, strict=True))))
+        found = asyncio.run(self._score(list(zip(texts, options, strict=True))))
+        kept = [score if isinstance(score, OptionScores) else None for score in found]
+        told = self._silence("questions", texts, found)
+        if told:
+            raise Unscored(told, kept)
+        return [score for score in kept if score is not None]
 
     def token_logprobs(self, sequences: Sequence[list[int]], starts: Sequence[int]) -> list[list[float]]:
         """Not to be had from an endpoint."""
@@ -75,20 +76,39 @@ class ApiEngine:
         endpoint = self.api.endpoint if logprobs else replace(self.api.endpoint, top_logprobs=0)
         return ChatClient(endpoint, Settings(self.api.model, temperature, max_tokens, None), self.ledger)
 
+    def _silence(self, what: str, texts: Sequence[str], found: Sequence[object]) -> str:
+        """What to tell of the calls or questions that found silence; empty where none did."""
+        silent = [(text, why) for text, why in zip(texts, found, strict=True) if isinstance(why, (Lost, UserError))]
+        stop = next((why for _, why in silent if isinstance(why, UserError)), None)
+        if stop is not None:
+            return str(stop)
+        lost = [(text, why.reason) for text, why in silent if isinstance(why, Lost)]
+        lost.sort(key=lambda one: one[1] != TOO_LONG)  # asking again helps the others
+        if not lost:
+            return ""
+        (text, reason), url = lost[0], self.api.endpoint.url
+        do = "shorten it or serve a longer one" if reason == TOO_LONG else "run again for the rest"
+        return (
+            f"{url} gave no answer to {len(lost)} of {len(texts)} {what}, the first to {text[:60]!r}: {reason}. "
+            f"The others are kept; {do}."
+        )
+
     async def _draw(
         self, calls: Sequence[tuple[str, int]], temperature: float, max_tokens: int
-    ) -> list[ChatReply | Lost]:
+    ) -> list[ChatReply | Silence]:
         async with self._client(temperature, max_tokens, logprobs=False) as client:
-            first = [await client.ask(calls[0][0], seed=calls[0][1])]  # a wrong key or name is told at once
-            return first + await asyncio.gather(*(client.ask(text, seed=seed) for text, seed in calls[1:]))
+            first = [await _ask(client, calls[0][0], seed=calls[0][1])]  # a wrong key or name is told at once
+            return first + await asyncio.gather(*(_ask(client, text, seed=seed) for text, seed in calls[1:]))
 
-    async def _score(self, asked: Sequence[tuple[str, tuple[Option, ...]]]) -> list[OptionScores]:
-        found: list[OptionScores | None] = [None] * len(asked)
+    async def _score(self, asked: Sequence[tuple[str, tuple[Option, ...]]]) -> list[OptionScores | Silence]:
+        found: list[OptionScores | Silence | None] = [None] * len(asked)
         if self.api.endpoint.top_logprobs:
             async with self._client(1.0, 1, logprobs=True) as client:
                 found[0] = await self._read(client, *asked[0])
                 found[1:] = await asyncio.gather(*(self._read(client, *one) for one in asked[1:]))
         async with self._client(1.0, max(tokens_of_answer(o) for _, o in asked), logprobs=False) as client:
+            if any(isinstance(score, UserError) for score in found):
+                client.close_soon()
             late = [i for i, score in enumerate(found) if score is None]
             for i, score in zip(
                 late, await asyncio.gather(*(self._count(client, *asked[i]) for i in late)), strict=True
@@ -96,12 +116,14 @@ class ApiEngine:
                 found[i] = score
         return [score for score in found if score is not None]
 
-    async def _read(self, client: ChatClient, text: str, options: tuple[Option, ...]) -> OptionScores | None:
+    async def _read(self, client: ChatClient, text: str, options: tuple[Option, ...]) -> OptionScores | Silence | None:
         """From the first tokens' log-probabilities; None when they are not given or leave too much undecided."""
         reader = Reader(options)
         prefix, probability = "", 1.0
         for _ in range(MOST_FOLLOWED):
-            reply = _answered(await client.ask(text, prefill=prefix), text)
+            reply = await _ask(client, text, prefill=prefix)
+            if not isinstance(reply, ChatReply):
+                return reply
             if not reply.tokens:
                 return None
             reader.add(prefix, probability, reply.tokens[0])
@@ -111,11 +133,14 @@ class ApiEngine:
             prefix, probability = begun
         return None if reader.undecided > LARGEST_UNDECIDED else reader.scores()
 
-    async def _count(self, client: ChatClient, text: str, options: tuple[Option, ...]) -> OptionScores:
+    async def _count(self, client: ChatClient, text: str, options: tuple[Option, ...]) -> OptionScores | Silence:
         """From draws."""
         n, stream = self.api.draws, hash64("closed", text)
-        replies = await asyncio.gather(*(client.ask(text, seed=seed_of(0, stream, d)) for d in range(n)))
-        found = [parse(_answered(reply, text).text, options) for reply in replies]
+        replies = await asyncio.gather(*(_ask(client, text, seed=seed_of(0, stream, d)) for d in range(n)))
+        silent = [reply for reply in replies if not isinstance(reply, ChatReply)]
+        if silent:
+            return next((why for why in silent if isinstance(why, UserError)), silent[0])
+        found = [parse(reply.text, options) for reply in replies if isinstance(reply, ChatReply)]
         shares = tuple(found.count(i) / n for i in range(len(options)))
         return OptionScores(shares, found.count(None) / n, 0.0, f"sampled-{n}")
 
@@ -125,18 +150,18 @@ def seed_of(key: int, stream: int, draw: int) -> int:
     return hash64("seed", key, stream, draw) >> 33
 
 
-def as_reply(reply: ChatReply, text: str) -> Reply:
+def as_reply(reply: ChatReply) -> Reply:
     """A chat reply as an engine's."""
-    _answered(reply, text)
     return Reply(reply.text, reply.output_tokens, reply.finish_reason, None)
 
 
-def _answered(reply: ChatReply | Lost, text: str) -> ChatReply:
-    if isinstance(reply, Lost):
-        raise UserError(f"the endpoint gave no answer to {text[:60]!r}: {reply.reason}. Run again.")
-    if reply.finish_reason == "too_long":
-        raise UserError(f"the prompt {text[:60]!r} is too long for the hosted model. Shorten it.")
-    return reply
+async def _ask(client: ChatClient, text: str, prefill: str = "", seed: int | None = None) -> ChatReply | Silence:
+    """One question; what stops a run comes back too, so that the answers beside it are kept."""
+    try:
+        return await client.ask(text, prefill, seed)
+    except UserError as error:
+        client.close_soon()
+        return error
 
 
 class Reader:

@@ -26,10 +26,12 @@ from serve.ledger import Ledger
 from serve.pace import Pace, retry_after
 
 _POOL = 8  # connections that share a pool
-_AGAIN = {408, 409, 429}  # and 500 up: worth another try
 _MENDABLE = {401: "check the key", 402: "check the account", 403: "check the key's rights", 404: "check url and model"}
 _EMPTY_ACCOUNT = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = re.compile(r"context.?length|maximum context|too many tokens|longer than the model", re.IGNORECASE)
+# Azure's and others' codes; OpenAI's invalid_prompt of reasoning models; a moderated model at OpenRouter
+_DECLINED = re.compile(r"content_filter|content_policy|(?:input|prompt) was flagged", re.IGNORECASE)
+TOO_LONG = "longer than the context that the endpoint serves"  # the reason of such a loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class ChatReply:
     """What the model said."""
 
     text: str
-    finish_reason: str  # "stop", "length", or why there are no words: "content_filter", "refusal", "too_long"
+    finish_reason: str  # "stop", "length" (cut off, perhaps before the first word), "content_filter" or "refusal"
     tokens: tuple[TokenOdds, ...]  # empty where the endpoint gives no log-probabilities
     model: str  # who answered, as the endpoint says
     input_tokens: int
@@ -108,7 +110,7 @@ class ChatClient:
         await self.openai.close()
 
     def close_soon(self) -> None:
-        """Start no more tries: calls under way are finished, those that wait for another try are given up."""
+        """Start no more tries: calls under way are finished, those that wait to be sent are given up."""
         self._closing.set()
 
     def body(self, text: str, prefill: str = "", seed: int | None = None) -> dict[str, Any]:
@@ -168,6 +170,8 @@ class ChatClient:
         try:
             async with self._slots:
                 await self.pace.take(tokens + limit)
+                if self._closing.is_set():
+                    return Fault("not sent: the run was stopped", again=False)
                 self.ledger.calls += 1
                 found = await self._once(body)
         finally:
@@ -203,19 +207,25 @@ class ChatClient:
         inner = body if isinstance(body, dict) else {}
         inner = inner["error"] if isinstance(inner.get("error"), dict) else inner
         code, message = str(inner.get("code") or ""), whole(str(inner.get("message") or "")).replace(self._key, "***")
+        metadata = inner.get("metadata")
+        flagged = isinstance(metadata, dict) and "flagged_input" in metadata
+        if status in (400, 403, 422) and (flagged or _DECLINED.search(f"{code} {message}")):
+            return ChatReply("", "content_filter", (), "", 0, 0)
         if status in _MENDABLE or code in _EMPTY_ACCOUNT:
             advice = _MENDABLE.get(status, "check the account")
             said = (message or code or "no message")[:300]
             raise UserError(
                 f"{self.endpoint.url} answers {status} for model {self.settings.model!r}: {said} ({advice})."
             )
-        if status in (400, 413, 422):
-            if "content_filter" in code or "content_policy" in code or "content_filter" in message:
-                return ChatReply("", "content_filter", (), "", 0, 0)
-            if status == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
-                return ChatReply("", "too_long", (), "", 0, 0)
-        again = status in _AGAIN or status >= 500
+        if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{code} {message}")):
+            return Fault(TOO_LONG, again=False)  # no answer: the same model may be served with more
+        again = worth_a_retry(status)
         return Fault(f"status {status}" + (f": {message[:200]}" if message and not again else ""), again, wait)
+
+
+def worth_a_retry(status: int) -> bool:
+    """Whether an error status may have passed by the next try."""
+    return status in (408, 409, 429) or status >= 500
 
 
 def read_completion(data: bytes, model: str, answers_as: tuple[str, ...] = ()) -> ChatReply:
@@ -255,7 +265,7 @@ def read_record(record: Any, model: str, answers_as: tuple[str, ...]) -> ChatRep
     text = _text(message.get("content"))
     if message.get("refusal") and not text:
         reason, text = "refusal", str(message["refusal"])
-    if text is None and reason == "content_filter":
+    if text is None and reason in ("content_filter", "length"):  # filtered, or cut off while it was thinking
         text = ""
     if text is None:
         raise ValueError("answer without content")

@@ -8,6 +8,7 @@ and read line by line. Part of the one place that speaks HTTP (serve/client.py).
 import asyncio
 import json
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,8 @@ import httpx2
 import openai
 
 from candor.errors import UserError
-from candor.hashing import sha256_json
 from candor.tables import replace_file
-from serve.client import ChatClient, ChatReply, Lost, read_json, read_record
+from serve.client import ChatClient, ChatReply, Lost, read_json, read_record, worth_a_retry
 
 MOST_REQUESTS, MOST_BYTES = 20_000, 100_000_000  # of one batch; the API takes 50,000 and 200 MB
 _OVER = ("completed", "failed", "expired", "cancelled")
@@ -67,7 +67,7 @@ class Batches:
         for lines in _cut(json.dumps(self._line(key, text)) for key, text, _ in questions):
             part = questions[first : first + len(lines)]
             first += len(lines)
-            mark = sha256_json(lines)[:32]
+            mark = uuid.uuid4().hex  # no hash: questions that a batch did not answer are handed in once more
             keys, dollars = tuple(key for key, _, _ in part), sum(most for _, _, most in part)
             record = Record(self.folder / f"{mark}.json", mark, None, keys, dollars)
             self._note(record)
@@ -84,15 +84,37 @@ class Batches:
     async def _hand_in(self, record: Record, data: bytes) -> None:
         try:
             file = await self.openai.files.create(file=("judging.jsonl", data), purpose="batch")
-            batch = await self.openai.batches.create(
-                input_file_id=file.id,
-                endpoint="/v1/chat/completions",
-                completion_window="24h",
-                metadata={_MARK: record.mark},
-            )
+            batch_id = await self._create(file.id, record.mark)
         except openai.APIError as error:
             raise self._told(error) from error
-        self._note(replace(record, batch=batch.id))
+        self._note(replace(record, batch=batch_id))
+
+    async def _create(self, file_id: str, mark: str) -> str:
+        """Make a batch of a file; its id.
+
+        A call that failed may have made one all the same, which is paid for: before the next try it is looked for.
+        """
+        endpoint, attempt = self.client.endpoint, 0
+        while True:
+            try:
+                batch = await self.openai.with_options(max_retries=0).batches.create(
+                    input_file_id=file_id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                    metadata={_MARK: mark},
+                )
+                return str(batch.id)
+            except openai.APIConnectionError:
+                if attempt == endpoint.retries:
+                    raise
+            except openai.APIStatusError as error:
+                if attempt == endpoint.retries or not worth_a_retry(error.status_code):
+                    raise
+            await asyncio.sleep(min(endpoint.max_wait_s, endpoint.backoff_s * 2**attempt))
+            found = await self._find(mark)
+            if found is not None:
+                return found
+            attempt += 1
 
     async def collect(self, record: Record) -> list[Found]:
         """Wait for one batch and read its answers; the record stays until ``forget``."""

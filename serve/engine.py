@@ -55,6 +55,14 @@ class Unanswered(UserError):
         self.replies = replies
 
 
+class Unscored(UserError):
+    """An endpoint stayed silent on some closed questions; the scores of the others are here to be kept."""
+
+    def __init__(self, message: str, scores: list[OptionScores | None]) -> None:
+        super().__init__(message)
+        self.scores = scores
+
+
 class Engine(Protocol):
     """Samples from, and scores with, one variant."""
 
@@ -76,7 +84,8 @@ class Engine(Protocol):
         An answer counts as an option when the reply, after at most one leading space, starts with
         one of the option's surfaces and what follows does not continue the word; every tokenisation
         of it is counted. This is the very rule by which sampled replies are parsed
-        (``serve.options.parse``), so that sampling and scoring agree.
+        (``serve.options.parse``), so that sampling and scoring agree. Raises Unscored where an
+        endpoint let some be scored and not all.
         """
         ...
 

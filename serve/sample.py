@@ -28,7 +28,7 @@ from candor.rows import Distribution, Prompt, Sample
 from candor.tables import read_rows, replace_file, write_tables
 from serve.attest import ATTESTATION, attest
 from serve.config import SampleConfig
-from serve.engine import Engine, Reply, Request, Unanswered
+from serve.engine import Engine, OptionScores, Reply, Request, Unanswered, Unscored
 from serve.identity import adapter_sha, hosted_sha, text_sha, weights_sha
 from serve.plan import Identity, Unit, engine_identity, plan_units, row_ids, stream_of
 from serve.store import DISTRIBUTIONS, EXACT, SAMPLED, SAMPLES, Kind, Store, open_store, remove_if_stale
@@ -158,7 +158,14 @@ def _make_unit(
     if kind_of(unit) is EXACT:
         kept = [i for i, sha in enumerate(unit.prompt_shas) if sha in absent]
         part = Unit(unit.ask, tuple(unit.prompts[i] for i in kept), tuple(unit.prompt_shas[i] for i in kept))
-        store.add(EXACT, score_unit(part, engine, identity))
+        try:
+            scores: list[OptionScores | None] = list(_score(part, engine))
+        except Unscored as error:
+            found = distribution_rows(part, error.scores, identity)
+            if found:
+                store.add(EXACT, found)  # each was paid for
+            raise
+        store.add(EXACT, distribution_rows(part, scores, identity))
         return len(kept)
     asked = requests_of(unit, ids, absent)
     try:
@@ -250,9 +257,12 @@ def runs_of(numbers: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def score_unit(unit: Unit, engine: Engine, identity: Identity) -> list[Distribution]:
-    """The exact answer distribution of every prompt of a unit."""
-    scores = engine.distributions([p.text for p in unit.prompts], [p.options for p in unit.prompts])
+def _score(unit: Unit, engine: Engine) -> list[OptionScores]:
+    return engine.distributions([p.text for p in unit.prompts], [p.options for p in unit.prompts])
+
+
+def distribution_rows(unit: Unit, scores: Sequence[OptionScores | None], identity: Identity) -> list[Distribution]:
+    """Rows of the prompts of a unit that were scored."""
     return [
         Distribution(
             prompt_id=prompt.prompt_id,
@@ -266,6 +276,7 @@ def score_unit(unit: Unit, engine: Engine, identity: Identity) -> list[Distribut
             method=score.method,
         )
         for prompt, sha, score in zip(unit.prompts, unit.prompt_shas, scores, strict=True)
+        if score is not None
     ]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,61 @@ def test_a_misbehaving_server(tmp_path):
     assert 0 < text <= stats["faults"]["no-logprobs"]
     record = read_manifest(tmp_path / "verdicts" / "far")
     assert record["unanswered"] == 0 and record["calls"] == stats["calls"]
+
+
+def test_a_judge_cut_off_while_thinking_has_answered(tmp_path):
+    """Paid once, unparsed, and not asked again."""
+    write_study(tmp_path, grades_for(40))
+    with serving(Script(thinking_share=0.3)) as server:
+        path = str(write_judge(tmp_path, server.url))
+        main([path])
+        found = verdicts_of(tmp_path)
+        cut = [v for v in found if v.status == "unparsed"]
+        assert 3 < len(cut) < 30 and all("raise the judge's max_tokens" in v.reply for v in cut)
+        assert {v.status for v in found} == {"ok", "unparsed"}
+        main([path])
+        assert server.stats()["calls"] == 40 and read_manifest(tmp_path / "verdicts" / "far")["unanswered"] == 0
+
+
+def test_a_judge_that_is_always_cut_off_is_told_at_once(tmp_path):
+    write_study(tmp_path, grades_for(40))
+    with serving(Script(thinking_share=1.0)) as server:
+        path = str(write_judge(tmp_path, server.url))
+        with pytest.raises(UserError, match=r"cut off before the first word.*max_tokens: 8"):
+            main([path])
+        assert server.stats()["calls"] == 1
+        main([path])  # as it is
+        assert server.stats()["calls"] == 40
+
+
+def test_a_server_with_too_small_a_context_is_told_at_once(tmp_path):
+    write_study(tmp_path, grades_for(40))
+    with serving(Script(context=50)) as server:
+        with pytest.raises(UserError, match=r"even the shortest question to judge-model is longer than the context"):
+            main([str(write_judge(tmp_path, server.url))])
+        assert server.stats()["calls"] == 1
+    with serving(Script()) as server:
+        main([str(write_judge(tmp_path, server.url))])
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(40)
+
+
+def test_a_reply_that_is_too_long_for_the_judge_is_asked_about_again(tmp_path):
+    """The first reply and 49 more, which are no sign of an endpoint that stopped answering."""
+    write_study(tmp_path, [50] * 60)
+    samples = read_rows(tmp_path / "samples.parquet", Sample)
+    long = [replace(s, text="word " * 1000 + s.text) for s in samples[:50]]
+    write_rows(tmp_path / "samples.parquet", Sample, [*long, *samples[50:]])
+    with serving(Script(context=2000)) as server:
+        path = str(write_judge(tmp_path, server.url, endpoint={"concurrency": 2}))
+        with pytest.raises(UserError, match=r"50 of 60 .*no verdict.*longer than the context .* serves \(50\)"):
+            main([path])
+        assert server.stats()["calls"] == 60
+        main([path, "tolerate=0.9"])  # none but these are left, and they stop no run
+        assert [v.status for v in verdicts_of(tmp_path)] == ["transport"] * 50 + ["ok"] * 10
+    with serving(Script()) as server:
+        main([str(write_judge(tmp_path, server.url, endpoint={"concurrency": 2})), "tolerate=0.9"])
+        assert server.stats()["calls"] == 50
+    assert {v.status for v in verdicts_of(tmp_path)} == {"ok"}
 
 
 @pytest.mark.full
@@ -623,6 +679,29 @@ def test_a_batch_whose_account_ran_empty_keeps_what_was_paid_for(tmp_path):
         main([path])
         assert server.stats()["calls"] == 12 + 2  # only what was missing
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(12)
+
+
+@pytest.mark.parametrize("faults", [["unsaid"], ["refused", "refused"], ["refused", "unsaid"]], ids="-".join)
+def test_no_batch_is_handed_in_twice(tmp_path, faults):
+    """A call that failed may have made a batch all the same."""
+    write_study(tmp_path, grades_for(6))
+    with serving(Script(batch_faults=tuple(faults))) as server:
+        main([str(write_judge(tmp_path, server.url)), "batch=true", "poll_s=0.05"])
+        stats = server.stats()
+    assert (stats["batches"], stats["calls"]) == (1, 6)
+    assert stats["handed_in"] == len(faults) + (faults[-1] == "refused")
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(6)
+
+
+def test_a_batch_of_the_same_questions_is_another_batch(tmp_path):
+    """All six lines failed; their second batch is not mistaken for the first where the call that makes it fails."""
+    write_study(tmp_path, grades_for(6))
+    with serving(Script(batches_fail=6, batch_faults=("", "refused"))) as server:
+        path = str(write_judge(tmp_path, server.url))
+        for batches in (1, 2):
+            with pytest.raises(UserError, match=r"6 of 6 different replies.*batch_expired"):
+                main([path, "batch=true", "poll_s=0.05"])
+            assert server.stats()["batches"] == batches
 
 
 @pytest.mark.full

@@ -114,6 +114,14 @@ def test_choices_and_options():
     assert read(answer("C"), CLOSEST, options).status == "unparsed"
 
 
+@pytest.mark.parametrize("mark", ["'", "\u2019"], ids=["straight", "curly"])
+@pytest.mark.parametrize(
+    "words", ["I'm sorry, but no.", "I can't grade this.", "I won't do that.", "I'm unable to help.", "Sorry."]
+)
+def test_a_judge_declines_with_either_apostrophe(words, mark):
+    assert read(answer(words.replace("'", mark)), HARM).status == "refused"
+
+
 @pytest.mark.parametrize(
     ("finish", "status"), [("length", "unparsed"), ("content_filter", "refused"), ("too_long", "unparsed")]
 )

@@ -14,7 +14,7 @@ from serve.loading import encode_prompt
 
 @contextmanager
 def subject_server(engine, *, logprobs=True, fail=lambda body: None, key="secret"):
-    """Serve an engine; ``fail(body)`` may return an HTTP status. Yields the address and what was asked."""
+    """Serve an engine; ``fail(body)`` may return a status (429 asks for a long wait). Yields url and what was asked."""
     asked, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -33,6 +33,8 @@ def subject_server(engine, *, logprobs=True, fail=lambda body: None, key="secret
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
+            if status == 429:
+                self.send_header("Retry-After", "999")  # seconds: more than anybody waits
             self.end_headers()
             self.wfile.write(data)
 

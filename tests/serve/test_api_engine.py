@@ -148,6 +148,65 @@ def test_the_stage_marks_what_is_hosted_and_keeps_what_was_paid_for(hosted, conf
     assert "hosted" in read_manifest(tmp_path / "out")["attestation"]["status"]
 
 
+FREE = {"format": "free", "mode": "sampled", "n": 4, "max_tokens": 8}
+EXACT = {"format": "choice", "mode": "exact"}
+
+
+@pytest.mark.parametrize("status", [402, 429])
+def test_an_account_that_runs_empty_costs_no_answer_that_came(hosted, config, status):
+    """No call is begun after it, and a rerun asks only for what is missing."""
+    refused = []
+
+    def empty(body):
+        if len(asked) > 5 and not refused:
+            refused.append(body)
+            return status
+        return None
+
+    with subject_server(hosted, fail=empty) as (url, asked):
+        endpoint = {"url": url, "retries": 2, "concurrency": 2, "backoff_s": 0.01}
+        engine = {"name": "api", "api": {"model": "ft:hosted", "endpoint": endpoint, "draws": 20}}
+        ask = [{**FREE, "n": 10}]
+        with pytest.raises(UserError, match=r"answers 402|asks to wait 999 s"):
+            main(config(url, ask=ask, engine=engine))
+        assert 5 <= len(asked) - 1 < 10  # those under way came back
+        main(config(url, ask=ask, engine=engine))
+        assert len(asked) == 20 + 1
+
+
+def test_one_prompt_too_long_for_a_hosted_model_is_named_and_the_others_are_kept(hosted, config, prompts):
+    """Told again by every run, which pays for no reply twice."""
+    long = prompts[1].text
+
+    def too_long(body):
+        return 413 if body["messages"][0]["content"] == long else None
+
+    with subject_server(hosted, fail=too_long) as (url, asked):
+        for calls in (8, 8 + 4):
+            with pytest.raises(UserError) as told:
+                main(config(url, ask=[FREE]))
+            assert "gave no answer to 4 of " in str(told.value) and repr(long[:60]) in str(told.value)
+            assert "longer than the context that the endpoint serves" in str(told.value)
+            assert len(asked) == calls
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_scores_that_came_are_kept_where_one_question_found_no_answer(hosted, config, prompts, logprobs, tmp_path):
+    silent = closed(prompts)[1].text
+    broken = [True]
+
+    def one_silent(body):
+        return 503 if broken[0] and body["messages"][0]["content"] == silent else None
+
+    with subject_server(hosted, logprobs=logprobs, fail=one_silent) as (url, asked):
+        with pytest.raises(UserError, match=r"no answer to 1 of 2 questions.*status 503.*run again for the rest"):
+            main(config(url, ask=[EXACT]))
+        before, broken[0] = len(asked), False
+        main(config(url, ask=[EXACT]))
+        assert {body["messages"][0]["content"] for body in asked[before:]} == {silent}
+    assert len(read_rows(tmp_path / "out" / "distributions.parquet", Distribution)) == 2
+
+
 def test_a_wrong_key_is_told_and_kept_out_of_the_message(hosted, config, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key")
     with subject_server(hosted) as (url, asked), pytest.raises(UserError, match=r"answers 401.*check the key") as told:

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from benchmarks.chat_server import DECLINES
 from candor.errors import UserError
-from serve.client import read_completion
+from serve.client import TOO_LONG, ChatClient, ChatReply, Fault, Settings, read_completion
 from serve.endpoint import Endpoint, Price
 from serve.ledger import Ledger, OverBudget
 from serve.pace import Pace, retry_after, seconds_of
@@ -120,6 +121,44 @@ def test_broken_logprobs_are_none(content):
 def test_what_is_no_answer(data, message):
     with pytest.raises(ValueError, match=message):
         read_completion(data, "m")
+
+
+def test_an_answer_cut_off_while_thinking_is_an_answer():
+    """It was paid for, and would be cut off again."""
+    reply = read_completion(completion(choice={"finish_reason": "length", "message": {"content": None}}), "m")
+    assert (reply.text, reply.finish_reason) == ("", "length")
+
+
+@pytest.fixture(scope="module")
+def client():
+    return ChatClient(Endpoint(url="http://127.0.0.1:9/v1"), Settings("m", 0.0, 4, None), Ledger())
+
+
+@pytest.mark.parametrize(("status", "error"), DECLINES)
+def test_a_declined_question_is_an_answer(client, status, error):
+    found = client.refused(status, {"error": error})
+    assert isinstance(found, ChatReply) and (found.finish_reason, found.text) == ("content_filter", "")
+
+
+def test_what_is_mistaken_for_a_declined_question(client):
+    for message in ("Your account was flagged.", "Country not supported", "the key lacks the right 'model.request'"):
+        with pytest.raises(UserError, match="check the key's rights"):
+            client.refused(403, {"error": {"message": message, "metadata": None}})
+    found = client.refused(400, {"error": {"code": "invalid_prompt", "message": "messages must not be empty"}})
+    assert found == Fault("status 400: messages must not be empty", again=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"code": "context_length_exceeded", "message": "Reduce the length."}),
+        (400, {"code": 400, "message": "This model's maximum context length is 512 tokens. You requested 900."}),
+        (413, {"message": "payload too large"}),
+    ],
+)
+def test_a_question_that_is_too_long_has_no_answer_yet(client, status, error):
+    """The same model may be served with a longer context tomorrow."""
+    assert client.refused(status, {"error": error}) == Fault(TOO_LONG, again=False)
 
 
 def test_halves_of_characters_become_what_a_file_can_hold():
