@@ -54,10 +54,11 @@ def queue(ids: Iterable[str]) -> dict[str, Queued]:
     if not wanted:
         return {}
     found = {}
-    # all of the user's, since squeue refuses a list with a job it has forgotten
-    for line in call(["squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%M"]).splitlines():
-        job, index, state, reason, node, minutes = line.split("|")
+    # all there are: squeue refuses a list with a job it has forgotten, and a colleague may have submitted some
+    for line in call(["squeue", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%M"]).splitlines():
+        job, _, rest = line.partition("|")
         if job in wanted:
+            index, state, reason, node, minutes = rest.split("|")
             found[f"{job}_{index}"] = Queued(state, reason, node, minutes)
     return found
 

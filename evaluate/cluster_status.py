@@ -3,9 +3,11 @@
 See scripts/slurm/status.py. Three sources agree on it: the records of finished stages, Slurm's queue,
 and the states that jobs leave (evaluate/cluster_folder.py). A stage that was begun, is not done and is
 in no queue any more has failed, whatever it could still say: its node died for good, memory ran out,
-or it was cancelled.
+or it was cancelled. A record from before a submission says nothing about what that one is to make, such as
+more replies of a study that was finished.
 """
 
+import contextlib
 import shlex
 import sys
 import time
@@ -15,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candor.errors import UserError
-from evaluate.cluster_folder import read, read_state, submissions
+from evaluate.cluster_folder import Submission, read, read_state, submissions
 from evaluate.cluster_queue import Queued, last_words, queue
+from evaluate.stages import record_path
 
 DONE, RUNNING, WAITING, FAILED, BLOCKED = "done", "running", "waiting", "failed", "blocked"
+RUNS = ("RUNNING", "COMPLETING")  # Slurm's states of what is on a node
 COLUMNS = (DONE, RUNNING, WAITING, FAILED, BLOCKED)
 _SHOWN = 20
 _REASONS = {  # Slurm's words for why an element waits, as far as people need them explained
@@ -35,7 +39,9 @@ _RELEASE, _ASK_FOR_LESS, _LOOK, _SUBMIT = "release", "ask for less", "look", "su
 _STUCK = {
     "JobHeldUser": ("until it is released (scontrol hold)", _RELEASE),
     "JobHeldAdmin": ("until it is released: an administrator or Slurm itself holds it", _RELEASE),
+    "JobHoldMaxRequeue": ("until it is released: it was requeued too often", _RELEASE),
     "launch failed requeued held": ("until it is released: it could not be started on its node", _RELEASE),
+    "job requeued in held state": ("until it is released: it was requeued to be held", _RELEASE),
     "BadConstraints": ("in vain: no node is as it asks (constraint)", _ASK_FOR_LESS),
     "PartitionConfig": ("in vain: it asks for more than its partition gives", _ASK_FOR_LESS),
     "PartitionNodeLimit": ("in vain: it asks for more nodes than its partition gives", _ASK_FOR_LESS),
@@ -85,26 +91,36 @@ def places(run: Path) -> list[Place]:
             for index, stages in of.items():
                 if job not in submission.ids:
                     for stage in stages:
-                        done = (run / "stages" / f"{stage}.json").is_file()
+                        done = _made_since(run, stage, submission)
                         later = Place(stage, kind, WAITING, "", "to be submitted", remedy=_SUBMIT)
-                        found.setdefault(stage, Place(stage, kind, DONE, "") if done else later)
+                        if stage not in found or found[stage].status == DONE:
+                            found[stage] = Place(stage, kind, DONE, "") if done else later
                     continue
                 element = f"{submission.ids[job]}_{index}"
                 log = submission.folder / "logs" / f"{job}-{index}.out"
                 for stage in stages:
-                    found[stage] = _place(run, stage, kind, element, elements.get(element), log)
+                    if _made_since(run, stage, submission):
+                        found[stage] = Place(stage, kind, DONE, element)
+                    else:
+                        found[stage] = _place(run, stage, kind, element, elements.get(element), log)
     return list(found.values())
 
 
+def _made_since(run: Path, stage: str, submission: Submission) -> bool:
+    """Whether a stage was recorded as done after a submission that was to make it."""
+    with contextlib.suppress(FileNotFoundError):
+        begun = (submission.folder / "about.json").stat().st_mtime_ns
+        return record_path(run, stage).stat().st_mtime_ns >= begun
+    return False
+
+
 def _place(run: Path, stage: str, kind: str, element: str, queued: Queued | None, log: Path) -> Place:
-    """Where one stage stands."""
-    if (run / "stages" / f"{stage}.json").is_file():
-        return Place(stage, kind, DONE, element)
+    """Where one stage stands that has no record, or an old one."""
     state = read_state(run, stage)
     if state is not None and state.job != element:
         state = None  # of an earlier submission
     if queued is not None and queued.alive:
-        if queued.state in ("RUNNING", "COMPLETING"):
+        if queued.state in RUNS:
             begun = state is not None and state.status == RUNNING
             doing = f"on {queued.node} for {queued.minutes}" + ("" if begun else ", not begun yet")
             return Place(stage, kind, RUNNING, element, doing)
@@ -115,7 +131,11 @@ def _place(run: Path, stage: str, kind: str, element: str, queued: Queued | None
         return Place(stage, kind, FAILED, element, state.why, state.log or str(log))
     if state is None and not log.exists():
         return Place(stage, kind, BLOCKED, element)  # it never ran: a stage before it failed, or it was cancelled
+    if state is None and record_path(run, stage).is_file():
+        return Place(stage, kind, DONE, element)  # the job came and found that nothing had changed
     said = last_words(element)
+    if queued is None and said in (*RUNS, "PENDING"):  # requeued since the queue was read, or hidden in it
+        return Place(stage, kind, RUNNING if said in RUNS else WAITING, element, f"Slurm says {said}")
     why = f"ended{f' on {state.node}' if state else ''} without a word{f'; Slurm says {said}' if said else ''}"
     return Place(stage, kind, FAILED, element, why, str(log))
 

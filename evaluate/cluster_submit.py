@@ -36,7 +36,7 @@ from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
 from evaluate.run_folder import claim_run, refuse_other
-from evaluate.stages import FileMark, Records, Stage, own_inputs
+from evaluate.stages import FileMark, Records, Stage, own_inputs, record_path
 
 USAGE = (
     "usage: python scripts/slurm/submit.py EXPERIMENT.yaml --profile NAME [--dry-run] [--resubmit-failed] "
@@ -74,6 +74,8 @@ def submit(
     done = Executor(stages, run, Machine(1, 1.0), say).find_done()
     max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
+        for name in () if dry_run else done:
+            record_path(run, name).touch()  # what status.py would take for older than what was to make it
         queued, stuck = _in_queue(run, done)
         failed = {} if again else _failed(run, stages, done, queued)
         jobs = make_jobs(

@@ -104,6 +104,11 @@ def config_path(run: Path, stage: Stage) -> Path:
     return run / "stages" / f"{stage.id}.yaml"
 
 
+def record_path(run: Path, stage: str) -> Path:
+    """Where the record of a stage lies, by its id."""
+    return run / "stages" / f"{stage}.json"
+
+
 def write_config(run: Path, stage: Stage) -> Path:
     """Write the stage's config file, the one its command names, and return its path."""
     path = config_path(run, stage)
@@ -140,7 +145,7 @@ class Records:
 
     def path(self, stage: Stage) -> Path:
         """Where the stage's record lies."""
-        return self.run / "stages" / f"{stage.id}.json"
+        return record_path(self.run, stage.id)
 
     def read(self, stage: Stage) -> dict[str, Any] | None:
         """The stage's record, or None when it never finished here."""

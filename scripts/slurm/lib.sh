@@ -21,7 +21,9 @@ run_requeueable() {
   # ended by Slurm it comes again by itself (preemption, requeue) or is not wanted any more (scancel)
   if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && (-n $over || -z $ended) ]]; then
     echo "asking to be requeued" >&2
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
+    # the last element of an array has the array's own number, by which Slurm would requeue all of it
+    local me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    scontrol requeue "${me:-$SLURM_JOB_ID}" && sleep 60 # Slurm ends the job meanwhile
   fi
   return "$code"
 }

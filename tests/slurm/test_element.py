@@ -87,3 +87,17 @@ def test_what_is_told_that_its_time_is_over_asks_for_another_turn(tmp_path, numb
         time.sleep(0.05)
     shell.send_signal(number)
     assert shell.wait(timeout=30) == status
+
+
+@pytest.mark.parametrize(
+    ("array", "named"), [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3")]
+)
+def test_an_element_with_the_number_of_its_array_requeues_itself_alone(tmp_path, array, named):
+    """Any array has one: its last element, whose siblings would be ended and the finished ones run again."""
+    asked, scontrol = tmp_path / "asked", tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >{asked}\nexit 1\n')  # refuses, or 60 s would be waited for the end
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", **array}
+    words = ["bash", "-c", 'source scripts/slurm/lib.sh; run_requeueable bash -c "exit 75"']
+    subprocess.run(words, env=environment, check=False)
+    assert asked.read_text() == f"requeue {named}\n"
