@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from candor.errors import UserError, told
-from candor.hashing import sha256_file, sha256_json
+from candor.hashing import sha256_json
 from evaluate.checkpoints import refuse_absent
 from evaluate.cluster_folder import (
     State,
@@ -151,10 +151,11 @@ class Element:
                 time.sleep(_LOOK_SECONDS)
         refuse_absent(stage.inputs)
         for path in own_inputs([stage], self.run):
-            mark, stat = self.marks.get(path), path.stat()
-            same = mark is None or (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-            if mark is not None and not same and (mark.size != stat.st_size or mark.sha != sha256_file(path)):
-                raise UserError(f"{path} changed since the study was submitted. Put it back, or submit again")
+            mark = self.marks.get(path)
+            if mark is not None and not mark.is_of(path):
+                raise UserError(
+                    f"{path} changed since the study was submitted. Put it back or not, then add --resubmit-failed"
+                )
 
     def _run(self, stage: Stage, check: Callable[[], None]) -> int:
         """Run the stage in a worker, listening for signals, and record it."""

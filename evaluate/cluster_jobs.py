@@ -170,7 +170,7 @@ def sbatch_words(
         "sbatch",
         "--parsable",
         f"--job-name=candor-{run}-{job.name}",
-        f"--array={_ranges(sorted(job.elements))}{throttle}",
+        f"--array={ranges(sorted(job.elements))}{throttle}",
         *([f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []),
         f"--cpus-per-task={needs.cores}",
         f"--mem={math.ceil(needs.memory_gb * 1024)}M",
@@ -199,7 +199,7 @@ def _request(options: Options, needs: Needs) -> list[str]:
     return words + [f"--{name}={value}" for name, value in named.items() if value]
 
 
-def _ranges(indexes: Sequence[int]) -> str:
+def ranges(indexes: Sequence[int]) -> str:
     """Indexes as Slurm writes them: 0-4,7."""
     found: list[list[int]] = []
     for index in indexes:

@@ -10,7 +10,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from candor.config import load
@@ -21,6 +22,7 @@ from evaluate.cluster_folder import (
     FOLDER,
     State,
     new_folder,
+    read_job,
     read_marks,
     read_state,
     submissions,
@@ -28,7 +30,7 @@ from evaluate.cluster_folder import (
     write_jobs,
     write_marks,
 )
-from evaluate.cluster_jobs import Job, make_jobs, sbatch_words
+from evaluate.cluster_jobs import Job, make_jobs, ranges, sbatch_words
 from evaluate.cluster_profile import Profile, read_profile
 from evaluate.cluster_queue import NEVER, call, count_queued, limits, queue, time_limits
 from evaluate.crew import Machine, locked
@@ -36,7 +38,7 @@ from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
 from evaluate.run_folder import claim_run, refuse_other
-from evaluate.stages import FileMark, Records, Stage, own_inputs, record_path
+from evaluate.stages import FileMark, Records, Stage, changed_keys, deciding, own_inputs, record_path
 
 USAGE = (
     "usage: python scripts/slurm/submit.py EXPERIMENT.yaml --profile NAME [--dry-run] [--resubmit-failed] "
@@ -71,12 +73,14 @@ def submit(
     run = experiment.output
     stages = build_plan(experiment, absent_ok=True) if stages is None else stages  # refused below, with all the rest
     refuse_other(run, experiment.name, stages)
-    done = Executor(stages, run, Machine(1, 1.0), say).find_done()
     max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
+        queued, stuck = _in_queue(run)  # before the records are read, for a job may end in between
+        done = Executor(stages, run, Machine(1, 1.0), say).find_done()
         for name in () if dry_run else done:
             record_path(run, name).touch()  # what status.py would take for older than what was to make it
-        queued, stuck = _in_queue(run, done)
+        queued = {name: element for name, element in queued.items() if name not in done}
+        _refuse_outdated(run, stages, done, queued)
         failed = {} if again else _failed(run, stages, done, queued)
         jobs = make_jobs(
             stages, done=done, queued=queued, profile=profile, max_array=max_array, max_minutes=max_minutes
@@ -95,7 +99,9 @@ def submit(
                 sys.stdout.write(
                     shlex.join(sbatch_words(job, profile, run=experiment.name, folder=f"{run}/{FOLDER}/NEW")) + "\n"
                 )
-        checks.refuse((*found.problems, *(f"{name} failed: {state.why}" for name, state in failed.items())))
+        again_with = "When its cause is gone, add --resubmit-failed"
+        left = (f"{name} failed: {state.why.rstrip('.')}. {again_with}." for name, state in failed.items())
+        checks.refuse((*found.problems, *left))
         if dry_run:
             return {}
         _probe(run, profile, stages, jobs, say)
@@ -223,16 +229,65 @@ def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> list[str]:
     return sorted(str(path) for path in set(files) - set(small))
 
 
-def _in_queue(run: Path, done: set[str]) -> tuple[dict[str, str], list[str]]:
+def _in_queue(run: Path) -> tuple[dict[str, str], list[str]]:
     """Stages that an earlier submission's elements will still make, and elements that will never start."""
     earlier = submissions(run)
     elements = queue(i for s in earlier for i in s.ids.values())
     queued: dict[str, str] = {}
     for submission in earlier:
         for stage, element in submission.stages().items():
-            if stage not in done and element in elements and elements[element].alive:
+            if element in elements and elements[element].alive:
                 queued[stage] = element
     return queued, [name for name, of in elements.items() if of.reason == NEVER]
+
+
+def _refuse_outdated(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str, str]) -> None:
+    """UserError when jobs in the queue would make stages as the study or its inputs were, and not as they are now."""
+    now = {stage.id: stage for stage in stages if stage.id in queued}
+    anew = {stage.id for stage in stages if stage.id not in done and stage.id not in queued}
+    files = [path for path in own_inputs(now.values(), run) if path.is_file()]
+    numbers = {element.partition("_")[0] for element in queued.values()}
+    found: dict[str, str] = {}  # by element
+    for submission in submissions(run):
+        jobs = {job: number for job, number in submission.ids.items() if number in numbers}
+        marks = read_marks(submission.folder) if jobs else {}
+        edited = {path for path in files if path in marks and not marks[path].is_of(path)}
+        for job, number in jobs.items():
+            for index, of in read_job(submission.folder, job).items():
+                element = f"{number}_{index}"
+                those = [old for old in of if queued.get(old.id) == element and old.id in now]
+                for name, why in ((old.id, _differs(old, now[old.id], anew, edited)) for old in those):
+                    if why:
+                        found[element] = f"{name} ({element}): {why}"
+    if found:
+        told = "".join(f"\n  {line}" for line in list(found.values())[:5])
+        more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(
+            f"nothing was submitted: {len(found)} jobs in the queue would make stages of the study as it was:"
+            f"{told}{more}\nWait for them, or end them: scancel {_elements(found)}\nThen submit again."
+        )
+
+
+def _differs(old: Stage, new: Stage, anew: set[str], edited: set[Path]) -> str:
+    """In what a stage is not the one that was submitted; empty when it is."""
+    keys = changed_keys(*deciding(new.module, old.config, new.config)) if old.config != new.config else []
+    if keys:
+        return f"config keys {', '.join(keys[:5])}"
+    if set(old.inputs) != set(new.inputs) or set(old.after) != set(new.after):
+        return "waits for, or reads, something else"
+    if made := [name for name in new.after if name in anew]:
+        return f"{made[0]} before it is to be made now"
+    touched = [path for path in edited if any(i in (path, *path.parents) for i in new.inputs)]
+    return f"{touched[0]} was edited" if touched else ""
+
+
+def _elements(names: Iterable[str]) -> str:
+    """Array elements as scancel takes them, an array's together: '12_[0-5,7]'."""
+    indexes: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        job, _, index = name.partition("_")
+        indexes[job].append(int(index))
+    return shlex.join(f"{job}_[{ranges(sorted(of))}]" for job, of in indexes.items())
 
 
 def _failed(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str, str]) -> dict[str, State]:

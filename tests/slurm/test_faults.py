@@ -6,6 +6,7 @@ submit, sbatch, the element runner, claims, records, status. The real study is t
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -410,7 +411,10 @@ def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path)
 
 
 def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
-    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed."""
+    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed.
+
+    While they wait, the same command does not leave them to it: it says how to end them, and takes the new version.
+    """
     run = tmp_path / "run"
     run.mkdir()
     recipe = tmp_path / "recipe.yaml"
@@ -420,6 +424,14 @@ def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
     stages[1] = replace(stages[1], inputs=(*stages[1].inputs, recipe))
     sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
     recipe.write_text("rate: 2\n")
+    with pytest.raises(UserError, match=r"recipe.yaml was edited") as refused:
+        sent.submit()
+    slurm.run(*shlex.split(re.findall("scancel .*", str(refused.value))[0]))
+    sent.until(lambda: len(slurm.queue()) == 1, "the end of it, and of what waited for it")
+    assert sent.status() == {"data-x": "waiting", "train-a": "blocked", "report": "blocked"}
+    sent.submit()
+    assert set(sent.status().values()) == {"waiting"}
+    recipe.write_text("rate: 3\n")
     told = "\n".join(lines(run, places(run)))
     assert "until it is released" in told and "nothing to mend" not in told
     command = next(line for line in told.splitlines() if "scontrol release" in line)
@@ -431,7 +443,7 @@ def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
     assert state is not None and "recipe.yaml changed since the study was submitted" in state.why
     with pytest.raises(UserError, match="train-a failed"):
         sent.submit()
-    recipe.write_text("rate: 1\n")
+    recipe.write_text("rate: 2\n")
     sent.profile = replace(sent.profile, all=Options())
     sent.submit(again=True)
     sent.finish()

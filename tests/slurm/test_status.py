@@ -1,14 +1,18 @@
-"""What is said of a submitted study, and done about it, by what Slurm answers. Needs no Slurm: its words are given."""
+"""What is said of a submitted study, and what is refused, by what Slurm answers. Its words are given here."""
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from evaluate.cluster_folder import State, new_folder, write, write_jobs, write_state
+from candor.errors import UserError
+from evaluate.cluster_folder import State, new_folder, write, write_jobs, write_marks, write_state
 from evaluate.cluster_jobs import Job, Needs
+from evaluate.cluster_profile import Profile
 from evaluate.cluster_status import lines, places
-from evaluate.stages import Stage, record_path
+from evaluate.cluster_submit import submit
+from evaluate.stages import Records, Stage, record_path
 
 NEEDS = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
 
@@ -22,7 +26,7 @@ class Slurm:
         # as Slurm's: with --me nothing, for the jobs are a colleague's
         programs = {
             "squeue": f'[[ " $* " == *" --me "* ]] || cat {folder}/queue',
-            "scontrol": f'[[ "$1 $2" == "show job" ]] && cat {folder}/said',
+            "scontrol": f'[[ "$1 $2" != "show job" ]] || cat {folder}/said',
             "sacct": "exit 1",
         }
         for name, text in programs.items():
@@ -48,11 +52,11 @@ def stage(run: Path, name: str, *after: str, **config) -> Stage:
     return Stage(id=name, module="m", config=config, inputs=(), outputs=(run / name,), after=after)
 
 
-def submitted(run: Path, **ids: str) -> Path:
+def submitted(run: Path, *, stages: tuple[Stage, ...] = (), **ids: str) -> Path:
     """A submission of one sample and of one report behind it; as arrays 12 and 13, unless ``ids`` says otherwise."""
     folder = new_folder(run)
     write(folder / "about.json", {"run": str(run), "command": ["study.yaml", "--profile", "cpu"]})
-    first, last = stage(run, "sample-a", n=1), stage(run, "report", "sample-a")
+    first, last = stages or (stage(run, "sample-a", n=1), stage(run, "report", "sample-a"))
     write_jobs(folder, [Job("sample-1", "sample", NEEDS, {0: (first,)}), Job("report", "report", NEEDS, {0: (last,)})])
     write(folder / "inputs.json", {})
     write(folder / "ids.json", ids or {"sample-1": "12", "report": "13"})
@@ -128,3 +132,45 @@ def test_what_slurm_holds_is_to_be_released(slurm, tmp_path, reason):
     slurm.queue(_12_0=("PENDING", reason), _13_0=("PENDING", "Dependency"))
     told = "\n".join(lines(tmp_path / "run", places(tmp_path / "run")))
     assert "scontrol release 12 " in told and "nothing to mend" not in told
+
+
+@dataclass(frozen=True)
+class Study:
+    output: Path
+    name: str = "study"
+
+
+def resubmit(run: Path, *stages: Stage) -> list[str]:
+    said: list[str] = []
+    submit(Study(run), Profile(), said.append, words=["study.yaml"], stages=stages)
+    return said
+
+
+def test_a_study_that_changed_while_it_is_in_the_queue_is_refused_with_the_scancel(slurm, tmp_path):
+    """What is queued would be made as it was; nothing says so later."""
+    run, judge = tmp_path / "run", tmp_path / "judge.yaml"
+    judge.write_text("one\n")
+    sample = replace(stage(run, "sample-a", n=1), inputs=(judge,))
+    report = stage(run, "report", "sample-a")
+    folder = submitted(run, stages=(sample, report))
+    write_marks(folder, {judge: Records(run).mark(judge)})
+    slurm.queue(_12_0=("RUNNING", "None"), _13_0=("PENDING", "Dependency"))
+    assert resubmit(run, sample, report)[-1] == "there is nothing to submit"
+    more = replace(sample, config={"n": 2})
+    seed, both = stage(run, "sample-b"), stage(run, "report", "sample-a", "sample-b")
+    for stages, why, ended in (
+        ((more, report), r"sample-a \(12_0\): config keys n", "'12_[0]'"),
+        ((sample, seed, both), r"report \(13_0\): waits for, or reads, something else", "'13_[0]'"),
+    ):
+        with pytest.raises(UserError, match=why) as told:
+            resubmit(run, *stages)
+        assert f"scancel {ended}\n" in str(told.value)
+    os.utime(judge, (1, 1))
+    assert resubmit(run, sample, report)[-1] == "there is nothing to submit"  # the same bytes
+    judge.write_text("two\n")
+    with pytest.raises(UserError, match="was edited"):
+        resubmit(run, sample, report)
+    judge.write_text("one\n")  # put back
+    slurm.queue(_13_0=("PENDING", "Dependency"))
+    with pytest.raises(UserError, match="sample-a before it is to be made now"):
+        resubmit(run, sample, report)
