@@ -7,6 +7,7 @@ the queue has no room for all, arrays are sent in the order of the plan as far a
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -47,6 +48,13 @@ USAGE = (
 _ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
 _HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
 _ACCELERATE = "accelerate.yaml"  # the copy among the code
+_TOO_MANY = re.compile(
+    r"submit limit|MaxSubmit|QOS policy", re.IGNORECASE
+)  # of an account or a QoS, not of the cluster
+_MAX_JOBS = (
+    " If that is the limit on submitted jobs (sacctmgr show assoc user=$USER format=QOS,MaxSubmit; sacctmgr show qos "
+    "format=Name,MaxSubmitPU), set max_jobs in the profile to it: arrays are split to fit, the rest is for later."
+)
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 Say = Callable[[str], None]
@@ -138,9 +146,10 @@ def _send(
         try:
             told = call(sbatch_words(job, profile, run=experiment.name, folder=str(folder.absolute()), ids=ids))
         except UserError as error:
+            why = f"{error}{_MAX_JOBS if _TOO_MANY.search(str(error)) else ''}"
             if not ids:
-                raise
-            why = str(error)
+                shutil.rmtree(folder)  # nobody will read it, and the next try would leave one more
+                raise UserError(why) from None
             break
         ids[job.name] = told.strip().partition(";")[0]
         write(folder / "ids.json", ids)

@@ -11,7 +11,7 @@ from evaluate.cluster_folder import State, new_folder, write, write_jobs, write_
 from evaluate.cluster_jobs import Job, Needs
 from evaluate.cluster_profile import Profile
 from evaluate.cluster_status import lines, places
-from evaluate.cluster_submit import submit
+from evaluate.cluster_submit import _send, submit
 from evaluate.stages import Records, Stage, record_path
 
 NEEDS = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
@@ -174,3 +174,16 @@ def test_a_study_that_changed_while_it_is_in_the_queue_is_refused_with_the_scanc
     slurm.queue(_13_0=("PENDING", "Dependency"))
     with pytest.raises(UserError, match="sample-a before it is to be made now"):
         resubmit(run, sample, report)
+
+
+def test_a_limit_on_submitted_jobs_is_told_with_the_key_that_keeps_to_it(slurm, tmp_path):
+    """As the accounting of a cluster refuses an array that is larger than it. No try leaves a folder behind."""
+    told = "sbatch: error: Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    program = slurm.folder / "sbatch"
+    program.write_text(f'#!/bin/bash\necho "{told}" >&2\nexit 1\n')
+    program.chmod(0o755)
+    job = Job("sample-1", "sample", NEEDS, {0: (stage(tmp_path / "run", "sample-a"),)})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"job submit limit.*set max_jobs in the profile"):
+            _send(Study(tmp_path / "run"), Profile(), job.elements[0], [job], ["study.yaml"], print, room=9)
+    assert not list((tmp_path / "run" / "slurm").glob("0*"))
