@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from candor.config import load
@@ -47,6 +47,7 @@ USAGE = (
 )
 _ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
 _HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
+_HASH_PER_MINUTE = 6e9  # bytes: 100 MB/s, as of a network file system that others use too
 _ACCELERATE = "accelerate.yaml"  # the copy among the code
 _TOO_MANY = re.compile(
     r"submit limit|MaxSubmit|QOS policy", re.IGNORECASE
@@ -90,8 +91,15 @@ def submit(
         queued = {name: element for name, element in queued.items() if name not in done}
         _refuse_outdated(run, stages, done, queued)
         failed = {} if again else _failed(run, stages, done, queued)
+        large = _large(run, [stage for stage in stages if stage.id not in done and stage.id not in queued])
         jobs = make_jobs(
-            stages, done=done, queued=queued, profile=profile, max_array=max_array, max_minutes=max_minutes
+            stages,
+            done=done,
+            queued=queued,
+            profile=profile,
+            max_array=max_array,
+            max_minutes=max_minutes,
+            hash_minutes=sum(path.stat().st_size for path in large) / _HASH_PER_MINUTE,
         )
         say(f"{experiment.name}: {len(stages)} stages, {len(done)} done, {len(queued)} in the queue already")
         if not jobs:
@@ -115,7 +123,7 @@ def submit(
         _probe(run, profile, stages, jobs, say)
         if stuck:
             call(["scancel", *stuck])
-        return _send(experiment, profile, stages, jobs, words, say, room=room)
+        return _send(experiment, profile, stages, jobs, words, say, room=room, large=large)
 
 
 def _send(
@@ -127,14 +135,16 @@ def _send(
     say: Say,
     *,
     room: int,
+    large: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Write what the jobs read, then call sbatch for one after another, for ``room`` elements at most."""
     run = experiment.output
     claim_run(run, experiment.name, stages)
     folder = new_folder(run)
     _freeze(folder / "code", profile)
-    large = _mark(folder, run, stages)
-    write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | {"large": large})
+    _mark(folder, run, stages)
+    large_names = {"large": [str(path) for path in large]}
+    write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | large_names)
     (folder / "element.sh").write_text(script(folder.absolute(), profile))
     write_jobs(folder, jobs)
     ids: dict[str, str] = {}
@@ -226,16 +236,32 @@ def _freeze(copy: Path, profile: Profile) -> None:
         shutil.copyfile(accelerate, copy / _ACCELERATE)
 
 
-def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> list[str]:
-    """Note how the inputs are now; the ones too large to be hashed here, unless an earlier submission has."""
+def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> None:
+    """Note how the inputs are now, but for those too large to be hashed here, unless an earlier submission has."""
+    known = _known(run)
+    small = [path for path in own_inputs(stages, run) if not _is_large(path, known)]
+    records = Records(run, known)
+    write_marks(folder, {path: records.mark(path) for path in small})
+
+
+def _large(run: Path, stages: Sequence[Stage]) -> list[Path]:
+    """The inputs that are too large to be hashed here and were not yet."""
+    known = _known(run)
+    return sorted(path for path in own_inputs(stages, run) if path.is_file() and _is_large(path, known))
+
+
+def _known(run: Path) -> dict[Path, FileMark]:
+    """Inputs as earlier submissions found them."""
     known: dict[Path, FileMark] = {}
     for earlier in submissions(run):
         known |= read_marks(earlier.folder)
-    records = Records(run, known)
-    files = own_inputs(stages, run)
-    small = [path for path in files if path in known or path.stat().st_size <= _HASH_NOW]
-    write_marks(folder, {path: records.mark(path) for path in small})
-    return sorted(str(path) for path in set(files) - set(small))
+    return known
+
+
+def _is_large(path: Path, known: Mapping[Path, FileMark]) -> bool:
+    stat, mark = path.stat(), known.get(path)
+    seen = mark is not None and (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    return stat.st_size > _HASH_NOW and not seen
 
 
 def _in_queue(run: Path) -> tuple[dict[str, str], list[str]]:

@@ -11,8 +11,8 @@ from evaluate.cluster_folder import State, new_folder, write, write_jobs, write_
 from evaluate.cluster_jobs import Job, Needs
 from evaluate.cluster_profile import Profile
 from evaluate.cluster_status import lines, places
-from evaluate.cluster_submit import _send, submit
-from evaluate.stages import Records, Stage, record_path
+from evaluate.cluster_submit import _large, _send, submit
+from evaluate.stages import FileMark, Records, Stage, record_path
 
 NEEDS = Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
 
@@ -187,3 +187,17 @@ def test_a_limit_on_submitted_jobs_is_told_with_the_key_that_keeps_to_it(slurm, 
         with pytest.raises(UserError, match=r"job submit limit.*set max_jobs in the profile"):
             _send(Study(tmp_path / "run"), Profile(), job.elements[0], [job], ["study.yaml"], print, room=9)
     assert not list((tmp_path / "run" / "slurm").glob("0*"))
+
+
+def test_a_model_is_hashed_on_a_node_until_a_job_has(slurm, tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    with model.open("wb") as file:
+        file.truncate(10**9)
+    stages = [replace(stage(run, "sample-a"), inputs=(model,))]
+    folder = submitted(run)
+    assert _large(run, stages) == [model] and _large(run, []) == []
+    stat = model.stat()
+    write_marks(folder, {model: FileMark(stat.st_size, stat.st_mtime_ns, "its hash")})
+    assert _large(run, stages) == []
+    os.utime(model, (1, 1))
+    assert _large(run, stages) == [model]
