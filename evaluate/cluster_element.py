@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from candor.errors import UserError, told
-from candor.hashing import sha256_file, sha256_json
+from candor.hashing import sha256_json
 from evaluate.checkpoints import refuse_absent
 from evaluate.cluster_folder import (
     State,
@@ -47,7 +47,7 @@ _VISIBLE_SECONDS = 30.0  # until a file that another node wrote is seen here (at
 
 
 class _Told(Exception):
-    """A signal came while the claim of another job was waited for."""
+    """A signal came while the claim of another job was waited for, or a large file was read."""
 
 
 class Element:
@@ -78,21 +78,32 @@ class Element:
                 code = self._make(stage)
                 if code != DONE:
                     return code
-            if self.kind == "prepare":
-                self._mark_large()
-            return DONE
+            return self._mark_large() if self.kind == "prepare" else DONE
         finally:
             if self.worker:
                 self.worker.end()
 
-    def _mark_large(self) -> None:
-        """Hash what was too large for the login node, once for all jobs."""
-        large = [path for name in self.about["large"] if (path := Path(name)) not in self.marks]
-        if large:
-            write_marks(self.folder, self.marks | {path: self.records.mark(path) for path in large})
+    def _mark_large(self) -> int:
+        """Hash what was too large for the login node, once for all jobs; how it ended. Each file is noted at once."""
+        for path in map(Path, self.about["large"]):
+            if path in self.marks:
+                continue
+            try:
+                self.waiting = True
+                if self.signal:
+                    raise _Told
+                self.marks[path] = self.records.mark(path)
+            except _Told:
+                self.waiting = False
+                self._say(f"stopped while it read {path}")
+                return REQUEUE if self.signal == signal.SIGUSR1 else ENDED
+            finally:
+                self.waiting = False
+            write_marks(self.folder, self.marks)
+        return DONE
 
     def _told(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first signal; wake up where we wait for another job's claim."""
+        """Remember the first signal; wake up where we wait for another job's claim or read a large file."""
         self.signal = self.signal or number
         if self.waiting:
             raise _Told
@@ -151,10 +162,11 @@ class Element:
                 time.sleep(_LOOK_SECONDS)
         refuse_absent(stage.inputs)
         for path in own_inputs([stage], self.run):
-            mark, stat = self.marks.get(path), path.stat()
-            same = mark is None or (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-            if mark is not None and not same and (mark.size != stat.st_size or mark.sha != sha256_file(path)):
-                raise UserError(f"{path} changed since the study was submitted. Put it back, or submit again")
+            mark = self.marks.get(path)
+            if mark is not None and not mark.is_of(path):
+                raise UserError(
+                    f"{path} changed since the study was submitted. Put it back or not, then add --resubmit-failed"
+                )
 
     def _run(self, stage: Stage, check: Callable[[], None]) -> int:
         """Run the stage in a worker, listening for signals, and record it."""

@@ -92,18 +92,23 @@ def write_jobs(folder: Path, jobs: Iterable[Job]) -> None:
 
 def read_element(folder: Path, job: str, index: int) -> list[Stage]:
     """The stages of one element."""
-    values = read(folder / "jobs" / f"{job}.json")[str(index)]
-    return [
-        Stage(
-            **{
-                **value,
-                "inputs": tuple(map(Path, value["inputs"])),
-                "outputs": tuple(map(Path, value["outputs"])),
-                "after": tuple(value["after"]),
-            }
-        )
-        for value in values
-    ]
+    return read_job(folder, job)[index]
+
+
+def read_job(folder: Path, job: str) -> dict[int, list[Stage]]:
+    """The stages of one array, by index."""
+    return {int(index): [_stage(value) for value in of] for index, of in read(folder / "jobs" / f"{job}.json").items()}
+
+
+def _stage(value: dict[str, Any]) -> Stage:
+    return Stage(
+        **{
+            **value,
+            "inputs": tuple(map(Path, value["inputs"])),
+            "outputs": tuple(map(Path, value["outputs"])),
+            "after": tuple(value["after"]),
+        }
+    )
 
 
 def claim(run: Path, stage: str) -> Path:

@@ -3,8 +3,9 @@
 An array holds stages of one kind that wait for the same things. Where a stage waits for one other
 stage (sampling for its adapter, stage two for its stage one), both have the same index in their
 arrays and Slurm's ``aftercorr`` lets the one start as soon as the other is done, whatever the rest of
-the array does. Cheap stages that everything waits for (questions, data) are one job, and so are
-tables and report. Arrays never reach the cluster's MaxArraySize: they are split.
+the array does. Cheap stages that everything waits for (questions, data) are one job, which also hashes
+large inputs for all others, and so are tables and report. Arrays never reach the cluster's MaxArraySize:
+they are split.
 """
 
 import math
@@ -63,13 +64,15 @@ def make_jobs(
     profile: Profile,
     max_array: int,
     max_minutes: Mapping[str | None, int] | None = None,
+    hash_minutes: float = 0.0,
 ) -> list[Job]:
     """The arrays of what is neither done nor in the queue already, each after those it waits for.
 
     ``queued`` names, by stage, the element of an earlier submission (12_3) that will do it; ``max_minutes``, by
-    partition, how long a job may be.
+    partition, how long a job may be. ``hash_minutes`` are those that large inputs take to be hashed: the first job
+    does it, if it has nothing else to do too, and all others wait for it.
     """
-    return _Grouping(done, queued, profile, max_array, max_minutes or {}).of(stages)
+    return _Grouping(done, queued, profile, max_array, max_minutes or {}, hash_minutes).of(stages)
 
 
 class _Grouping:
@@ -82,9 +85,10 @@ class _Grouping:
         profile: Profile,
         max_array: int,
         max_minutes: Mapping[str | None, int],
+        hash_minutes: float,
     ) -> None:
         self.done, self.queued, self.profile, self.max_array = done, queued, profile, max_array
-        self.max_minutes = max_minutes
+        self.max_minutes, self.hash_minutes = max_minutes, hash_minutes
         self.jobs: dict[str, Job] = {}
         self.place: dict[str, tuple[str, int]] = {}  # of a stage: its job and index
         self.open: dict[tuple[object, ...], list[str]] = defaultdict(list)  # jobs by what their elements share
@@ -96,7 +100,7 @@ class _Grouping:
         for stage in wanted:
             if kind_of(stage) in _TOGETHER:
                 together[kind_of(stage)].append(stage)
-        if together["prepare"]:
+        if together["prepare"] or (wanted and self.hash_minutes):
             self._add("prepare", tuple(together["prepare"]))
         for stage in wanted:
             if kind_of(stage) not in _TOGETHER:
@@ -115,6 +119,8 @@ class _Grouping:
         same = max(lanes, key=lambda p: len(self.jobs[p[0]].behind)) if lanes else None
         behind = self.jobs[same[0]].behind | {same[0]} if same else frozenset[str]()
         whole = tuple(dict.fromkeys(job for job, index in before if job not in behind))
+        if self.hash_minutes and kind != "prepare" and "prepare" not in self._all_behind(behind, whole):
+            whole += ("prepare",)
         # an element that waits for two of unlike index waits for more than it must: such plans are not made
         needs = self._needs(kind, stages)
         for nth in range(len(self.jobs) + 1):  # siblings that wait for one element go into arrays side by side
@@ -125,8 +131,12 @@ class _Grouping:
                 break
         job.elements[index] = stages
         job.same, job.whole, job.queued = same[0] if same else None, whole, queued
-        job.behind = behind.union(whole, *(self.jobs[name].behind for name in whole))
+        job.behind = self._all_behind(behind, whole)
         self.place.update((stage.id, (job.name, index)) for stage in stages)
+
+    def _all_behind(self, behind: frozenset[str], whole: tuple[str, ...]) -> frozenset[str]:
+        """Every job that is done before one behind these."""
+        return behind.union(whole, *(self.jobs[name].behind for name in whole))
 
     def _job(self, key: tuple[object, ...], kind: str, needs: Needs, index: int | None) -> Job:
         """The array for elements of this key, a new one when the last is full."""
@@ -144,13 +154,14 @@ class _Grouping:
         """What an element asks for: the plan's, the profile's where it says so."""
         options = self.profile.options(kind)
         minutes = sum(s.minutes if options.minutes is None else options.minutes for s in stages)
+        minutes += self.hash_minutes if kind == "prepare" else 0
         wanted = math.ceil(max(minutes * self.profile.margin, self.profile.minutes_at_least))
         # of several partitions (a,b) Slurm takes the first that is free
         names: list[str | None] = [*options.partition.split(",")] if options.partition else [None]
         return Needs(
-            cores=options.cores or max(s.cores for s in stages),
-            gpus=max(s.gpus for s in stages) if options.gpus is None else options.gpus,
-            memory_gb=options.memory_gb or max(s.memory_gb for s in stages),
+            cores=options.cores or max((s.cores for s in stages), default=1),
+            gpus=max((s.gpus for s in stages), default=0) if options.gpus is None else options.gpus,
+            memory_gb=options.memory_gb or max((s.memory_gb for s in stages), default=1.0),
             minutes=min([wanted, *(self.max_minutes[name] for name in names if name in self.max_minutes)]),
             wanted=wanted,
         )
@@ -170,7 +181,7 @@ def sbatch_words(
         "sbatch",
         "--parsable",
         f"--job-name=candor-{run}-{job.name}",
-        f"--array={_ranges(sorted(job.elements))}{throttle}",
+        f"--array={ranges(sorted(job.elements))}{throttle}",
         *([f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []),
         f"--cpus-per-task={needs.cores}",
         f"--mem={math.ceil(needs.memory_gb * 1024)}M",
@@ -199,7 +210,7 @@ def _request(options: Options, needs: Needs) -> list[str]:
     return words + [f"--{name}={value}" for name, value in named.items() if value]
 
 
-def _ranges(indexes: Sequence[int]) -> str:
+def ranges(indexes: Sequence[int]) -> str:
     """Indexes as Slurm writes them: 0-4,7."""
     found: list[list[int]] = []
     for index in indexes:

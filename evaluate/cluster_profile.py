@@ -58,7 +58,9 @@ class Profile:
     signal_seconds: int = 300  # before a job's limit it is told to save what it has and is requeued
     requeues: int = 20  # of one array element in a row that bring it no further, before it counts as failed
     max_array: int | None = None  # null: what the cluster says (MaxArraySize)
-    max_jobs: int | None = None  # elements you may have in the queue; null: what the cluster says (MaxJobCount)
+    # elements you may have in the queue: MaxSubmitJobs of your account or QoS; null: what the cluster has room for
+    # (MaxJobCount)
+    max_jobs: int | None = None
     probe_seconds: int = 20  # a node is asked whether it sees the run folder, unless none is free for so long; 0: never
 
     def __post_init__(self) -> None:

@@ -7,10 +7,12 @@ the queue has no room for all, arrays are sent in the order of the plan as far a
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from candor.config import load
@@ -21,6 +23,7 @@ from evaluate.cluster_folder import (
     FOLDER,
     State,
     new_folder,
+    read_job,
     read_marks,
     read_state,
     submissions,
@@ -28,7 +31,7 @@ from evaluate.cluster_folder import (
     write_jobs,
     write_marks,
 )
-from evaluate.cluster_jobs import Job, make_jobs, sbatch_words
+from evaluate.cluster_jobs import Job, make_jobs, ranges, sbatch_words
 from evaluate.cluster_profile import Profile, read_profile
 from evaluate.cluster_queue import NEVER, call, count_queued, limits, queue, time_limits
 from evaluate.crew import Machine, locked
@@ -36,7 +39,7 @@ from evaluate.executor import Executor
 from evaluate.experiment_config import Experiment
 from evaluate.plan import build_plan
 from evaluate.run_folder import claim_run, refuse_other
-from evaluate.stages import FileMark, Records, Stage, own_inputs, record_path
+from evaluate.stages import FileMark, Records, Stage, changed_keys, deciding, own_inputs, record_path
 
 USAGE = (
     "usage: python scripts/slurm/submit.py EXPERIMENT.yaml --profile NAME [--dry-run] [--resubmit-failed] "
@@ -44,7 +47,15 @@ USAGE = (
 )
 _ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
 _HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
+_HASH_PER_MINUTE = 6e9  # bytes: 100 MB/s, as of a network file system that others use too
 _ACCELERATE = "accelerate.yaml"  # the copy among the code
+_TOO_MANY = re.compile(
+    r"submit limit|MaxSubmit|QOS policy", re.IGNORECASE
+)  # of an account or a QoS, not of the cluster
+_MAX_JOBS = (
+    " If that is the limit on submitted jobs (sacctmgr show assoc user=$USER format=QOS,MaxSubmit; sacctmgr show qos "
+    "format=Name,MaxSubmitPU), set max_jobs in the profile to it: arrays are split to fit, the rest is for later."
+)
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 Say = Callable[[str], None]
@@ -71,15 +82,24 @@ def submit(
     run = experiment.output
     stages = build_plan(experiment, absent_ok=True) if stages is None else stages  # refused below, with all the rest
     refuse_other(run, experiment.name, stages)
-    done = Executor(stages, run, Machine(1, 1.0), say).find_done()
     max_array, room, max_minutes = _limits(profile, say, dry_run)
     with contextlib.nullcontext() if dry_run else locked(run):
+        queued, stuck = _in_queue(run)  # before the records are read, for a job may end in between
+        done = Executor(stages, run, Machine(1, 1.0), say).find_done()
         for name in () if dry_run else done:
             record_path(run, name).touch()  # what status.py would take for older than what was to make it
-        queued, stuck = _in_queue(run, done)
+        queued = {name: element for name, element in queued.items() if name not in done}
+        _refuse_outdated(run, stages, done, queued)
         failed = {} if again else _failed(run, stages, done, queued)
+        large = _large(run, [stage for stage in stages if stage.id not in done and stage.id not in queued])
         jobs = make_jobs(
-            stages, done=done, queued=queued, profile=profile, max_array=max_array, max_minutes=max_minutes
+            stages,
+            done=done,
+            queued=queued,
+            profile=profile,
+            max_array=max_array,
+            max_minutes=max_minutes,
+            hash_minutes=sum(path.stat().st_size for path in large) / _HASH_PER_MINUTE,
         )
         say(f"{experiment.name}: {len(stages)} stages, {len(done)} done, {len(queued)} in the queue already")
         if not jobs:
@@ -95,13 +115,15 @@ def submit(
                 sys.stdout.write(
                     shlex.join(sbatch_words(job, profile, run=experiment.name, folder=f"{run}/{FOLDER}/NEW")) + "\n"
                 )
-        checks.refuse((*found.problems, *(f"{name} failed: {state.why}" for name, state in failed.items())))
+        again_with = "When its cause is gone, add --resubmit-failed"
+        left = (f"{name} failed: {state.why.rstrip('.')}. {again_with}." for name, state in failed.items())
+        checks.refuse((*found.problems, *left))
         if dry_run:
             return {}
         _probe(run, profile, stages, jobs, say)
         if stuck:
             call(["scancel", *stuck])
-        return _send(experiment, profile, stages, jobs, words, say, room=room)
+        return _send(experiment, profile, stages, jobs, words, say, room=room, large=large)
 
 
 def _send(
@@ -113,14 +135,16 @@ def _send(
     say: Say,
     *,
     room: int,
+    large: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Write what the jobs read, then call sbatch for one after another, for ``room`` elements at most."""
     run = experiment.output
     claim_run(run, experiment.name, stages)
     folder = new_folder(run)
     _freeze(folder / "code", profile)
-    large = _mark(folder, run, stages)
-    write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | {"large": large})
+    _mark(folder, run, stages)
+    large_names = {"large": [str(path) for path in large]}
+    write(folder / "about.json", _about(folder, experiment, profile, jobs, words) | large_names)
     (folder / "element.sh").write_text(script(folder.absolute(), profile))
     write_jobs(folder, jobs)
     ids: dict[str, str] = {}
@@ -132,9 +156,10 @@ def _send(
         try:
             told = call(sbatch_words(job, profile, run=experiment.name, folder=str(folder.absolute()), ids=ids))
         except UserError as error:
+            why = f"{error}{_MAX_JOBS if _TOO_MANY.search(str(error)) else ''}"
             if not ids:
-                raise
-            why = str(error)
+                shutil.rmtree(folder)  # nobody will read it, and the next try would leave one more
+                raise UserError(why) from None
             break
         ids[job.name] = told.strip().partition(";")[0]
         write(folder / "ids.json", ids)
@@ -211,28 +236,93 @@ def _freeze(copy: Path, profile: Profile) -> None:
         shutil.copyfile(accelerate, copy / _ACCELERATE)
 
 
-def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> list[str]:
-    """Note how the inputs are now; the ones too large to be hashed here, unless an earlier submission has."""
+def _mark(folder: Path, run: Path, stages: Sequence[Stage]) -> None:
+    """Note how the inputs are now, but for those too large to be hashed here, unless an earlier submission has."""
+    known = _known(run)
+    small = [path for path in own_inputs(stages, run) if not _is_large(path, known)]
+    records = Records(run, known)
+    write_marks(folder, {path: records.mark(path) for path in small})
+
+
+def _large(run: Path, stages: Sequence[Stage]) -> list[Path]:
+    """The inputs that are too large to be hashed here and were not yet."""
+    known = _known(run)
+    return sorted(path for path in own_inputs(stages, run) if path.is_file() and _is_large(path, known))
+
+
+def _known(run: Path) -> dict[Path, FileMark]:
+    """Inputs as earlier submissions found them."""
     known: dict[Path, FileMark] = {}
     for earlier in submissions(run):
         known |= read_marks(earlier.folder)
-    records = Records(run, known)
-    files = own_inputs(stages, run)
-    small = [path for path in files if path in known or path.stat().st_size <= _HASH_NOW]
-    write_marks(folder, {path: records.mark(path) for path in small})
-    return sorted(str(path) for path in set(files) - set(small))
+    return known
 
 
-def _in_queue(run: Path, done: set[str]) -> tuple[dict[str, str], list[str]]:
+def _is_large(path: Path, known: Mapping[Path, FileMark]) -> bool:
+    stat, mark = path.stat(), known.get(path)
+    seen = mark is not None and (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    return stat.st_size > _HASH_NOW and not seen
+
+
+def _in_queue(run: Path) -> tuple[dict[str, str], list[str]]:
     """Stages that an earlier submission's elements will still make, and elements that will never start."""
     earlier = submissions(run)
     elements = queue(i for s in earlier for i in s.ids.values())
     queued: dict[str, str] = {}
     for submission in earlier:
         for stage, element in submission.stages().items():
-            if stage not in done and element in elements and elements[element].alive:
+            if element in elements and elements[element].alive:
                 queued[stage] = element
     return queued, [name for name, of in elements.items() if of.reason == NEVER]
+
+
+def _refuse_outdated(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str, str]) -> None:
+    """UserError when jobs in the queue would make stages as the study or its inputs were, and not as they are now."""
+    now = {stage.id: stage for stage in stages if stage.id in queued}
+    anew = {stage.id for stage in stages if stage.id not in done and stage.id not in queued}
+    files = [path for path in own_inputs(now.values(), run) if path.is_file()]
+    numbers = {element.partition("_")[0] for element in queued.values()}
+    found: dict[str, str] = {}  # by element
+    for submission in submissions(run):
+        jobs = {job: number for job, number in submission.ids.items() if number in numbers}
+        marks = read_marks(submission.folder) if jobs else {}
+        edited = {path for path in files if path in marks and not marks[path].is_of(path)}
+        for job, number in jobs.items():
+            for index, of in read_job(submission.folder, job).items():
+                element = f"{number}_{index}"
+                those = [old for old in of if queued.get(old.id) == element and old.id in now]
+                for name, why in ((old.id, _differs(old, now[old.id], anew, edited)) for old in those):
+                    if why:
+                        found[element] = f"{name} ({element}): {why}"
+    if found:
+        told = "".join(f"\n  {line}" for line in list(found.values())[:5])
+        more = f"\n  and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(
+            f"nothing was submitted: {len(found)} jobs in the queue would make stages of the study as it was:"
+            f"{told}{more}\nWait for them, or end them: scancel {_elements(found)}\nThen submit again."
+        )
+
+
+def _differs(old: Stage, new: Stage, anew: set[str], edited: set[Path]) -> str:
+    """In what a stage is not the one that was submitted; empty when it is."""
+    keys = changed_keys(*deciding(new.module, old.config, new.config)) if old.config != new.config else []
+    if keys:
+        return f"config keys {', '.join(keys[:5])}"
+    if set(old.inputs) != set(new.inputs) or set(old.after) != set(new.after):
+        return "waits for, or reads, something else"
+    if made := [name for name in new.after if name in anew]:
+        return f"{made[0]} before it is to be made now"
+    touched = [path for path in edited if any(i in (path, *path.parents) for i in new.inputs)]
+    return f"{touched[0]} was edited" if touched else ""
+
+
+def _elements(names: Iterable[str]) -> str:
+    """Array elements as scancel takes them, an array's together: '12_[0-5,7]'."""
+    indexes: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        job, _, index = name.partition("_")
+        indexes[job].append(int(index))
+    return shlex.join(f"{job}_[{ranges(sorted(of))}]" for job, of in indexes.items())
 
 
 def _failed(run: Path, stages: Sequence[Stage], done: set[str], queued: dict[str, str]) -> dict[str, State]:

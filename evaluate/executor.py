@@ -4,9 +4,11 @@ Long-lived workers (evaluate/worker.py) take one stage at a time, the stage with
 behind it first. The executor itself imports nothing heavy, so a plan that is done is recognised at
 once. Any process may be killed at any moment: what finished is recorded, stages continue their own
 work, and the same command run again ends with the same tables. No two executors work on one run
-folder: workers inherit the lock, so even orphans keep a second one out until they are gone.
+folder: workers inherit the lock, so even orphans keep a second one out until they are gone. In a folder that
+was submitted to a cluster each stage is claimed as its jobs do: one that starts meanwhile waits and finds it done.
 """
 
+import contextlib
 import selectors
 import time
 from collections import defaultdict
@@ -15,9 +17,10 @@ from pathlib import Path
 
 from candor.errors import UserError
 from evaluate.checkpoints import refuse_absent
-from evaluate.cluster_folder import working
+from evaluate.cluster_folder import claim, submissions, working
 from evaluate.crew import Answer, Machine, Worker, hire, locked
 from evaluate.stages import Changed, Records, Stage, critical_minutes, write_config
+from train.claim import claimed
 
 _HEARTBEAT_SECONDS = 30.0
 
@@ -38,6 +41,8 @@ class Executor:
         self.times: dict[str, list[float]] = defaultdict(list)  # seconds of finished stages by module
         self.began = time.monotonic()
         self.lock: int | None = None
+        self.submitted = False  # to a cluster, whose jobs may still come
+        self.claims: dict[str, contextlib.ExitStack] = {}  # of the stages that run, against those jobs
 
     def find_done(self) -> set[str]:
         """Ids of the stages that are done already; UserError listing those made from something else."""
@@ -66,8 +71,9 @@ class Executor:
                 more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
                 raise UserError(
                     f"{self.run_folder} is in use by jobs of a cluster, which make {', '.join(busy[:3])}{more}. Wait "
-                    "for them, or end them with scancel; what a job left that died counts for two minutes."
+                    "for them, or end them with scancel; what a job or a run left that died counts for two minutes."
                 )
+            self.submitted = bool(submissions(self.run_folder))
             self.find_done()
             todo = [stage for stage in self.stages.values() if stage.id not in self.done]
             for stage in todo:
@@ -82,6 +88,8 @@ class Executor:
                 for worker in list(self.workers):
                     self._dismiss(worker)
                 self.selector.close()
+                for name in list(self.claims):
+                    self.claims.pop(name).close()
         if self.failures:
             left = len(self.stages) - len(self.done) - len(self.failures)
             told = "\n".join(self._explain(name, answer) for name, answer in self.failures.items())
@@ -161,6 +169,14 @@ class Executor:
         try:
             self._refuse_few_gpus(stage)
             refuse_absent(stage.inputs)
+            if self.submitted:
+                claims = self.claims[stage.id] = contextlib.ExitStack()
+                claims.enter_context(claimed(claim(self.run_folder, stage.id), wait=False))
+                if (
+                    self._found_done(stage) or stage.id in self.failures
+                ):  # by a job, between a look at its record and the claim
+                    self.claims.pop(stage.id).close()
+                    return
         except UserError as error:
             self.failures[stage.id] = Answer(False, str(error), user_error=True)
             return
@@ -195,6 +211,7 @@ class Executor:
                 self.records.write(stage, seconds)
             except UserError as error:
                 answer = Answer(False, str(error), user_error=True)
+        self.claims.pop(stage.id, contextlib.ExitStack()).close()
         if answer.ok:
             self.done.add(stage.id)
             self.times[stage.module].append(seconds)

@@ -58,6 +58,13 @@ class FileMark:
     mtime_ns: int
     sha: str
 
+    def is_of(self, path: Path) -> bool:
+        """Whether a file is still so."""
+        stat = path.stat()
+        if (self.size, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return True
+        return self.size == stat.st_size and self.sha == sha256_file(path)
+
 
 def check_plan(stages: Sequence[Stage], *, absent_ok: bool = False) -> None:
     """Assert unique ids, outputs and earlier-first order; UserError when an input is absent and nobody makes it."""
@@ -172,7 +179,7 @@ class Records:
         if record is None or not all(_complete(path) for path in stage.outputs):
             return False
         old, new = record["config"], self._portable(stage.config)
-        changed = [] if old == new else changed_keys(*_deciding(stage.module, old, new))
+        changed = [] if old == new else changed_keys(*deciding(stage.module, old, new))
         keys = [key for key in changed if key.split(".")[0] not in stage.grows]
         touched = [] if keys else self._changed_inputs(stage, record)
         grown = {self._portable(stage.config.get(key)) for key in stage.grows if isinstance(stage.config.get(key), str)}
@@ -275,7 +282,7 @@ class Records:
         return mark
 
 
-def _deciding(module: str, old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def deciding(module: str, old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What of a stage's configs decides what it makes, as the stage itself says, and not where models lie.
 
     A model's files are among the inputs, so another model in the same place is noticed all the same.

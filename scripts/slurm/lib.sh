@@ -9,10 +9,14 @@ fail() { echo "error: $*" >&2; exit 2; }
 # USR1 before the time limit (--signal=B:USR1@...), TERM at a preemption, a requeue or a scancel.
 # A shell that waits in the foreground would keep them to itself until the command ends.
 run_requeueable() {
+  local child='' code over='' ended=''
+  trap 'over=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1
+  trap 'ended=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
   "$@" &
-  local child=$! code over='' ended=''
-  trap 'over=1; kill -USR1 "$child" 2>/dev/null' USR1
-  trap 'ended=1; kill -TERM "$child" 2>/dev/null' TERM
+  child=$!
+  # told before there was anything to hand it on to
+  [[ -z $over ]] || kill -USR1 "$child" 2>/dev/null
+  [[ -z $ended ]] || kill -TERM "$child" 2>/dev/null
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"
   code=$?
@@ -21,7 +25,9 @@ run_requeueable() {
   # ended by Slurm it comes again by itself (preemption, requeue) or is not wanted any more (scancel)
   if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && (-n $over || -z $ended) ]]; then
     echo "asking to be requeued" >&2
-    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends the job meanwhile
+    # the last element of an array has the array's own number, by which Slurm would requeue all of it
+    local me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    scontrol requeue "${me:-$SLURM_JOB_ID}" && sleep 60 # Slurm ends the job meanwhile
   fi
   return "$code"
 }

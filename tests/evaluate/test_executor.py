@@ -1,11 +1,13 @@
 """The executor with real worker processes and tiny stages."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from candor.errors import UserError
-from evaluate.cluster_folder import claim
+from evaluate.cluster_folder import claim, new_folder, write
 from evaluate.crew import Machine, locked
 from evaluate.executor import Executor
 from evaluate.stages import Changed, Records, Stage, check_plan
@@ -442,3 +444,34 @@ def test_a_run_that_jobs_of_a_cluster_work_on_is_left_alone(house):
         os.utime(path, (time.time() - 200, time.time() - 200))
         run(house, [stage(house, "a")])
     assert set(outputs(house)) == {"a"}
+
+
+def test_jobs_that_start_while_a_run_goes_on_here_make_no_stage_twice(house):
+    """One waits for a stage that runs here, and finds it done; what another took up before is left to it."""
+    place = house / "run"
+    submission = new_folder(place)
+    for name in ("elements", "ids"):
+        write(submission / f"{name}.json", {})
+    stages = [stage(house, "a", sleep=1), stage(house, "b", "a"), stage(house, "c", "b")]
+    found: list[bool] = []
+    with contextlib.ExitStack() as job:
+
+        def come() -> None:
+            while ["begin", "a"] not in [line[:2] for line in journal(house)]:
+                time.sleep(0.02)
+            with claimed(claim(place, "a"), wait=True):
+                found.append(Records(place).is_done(stages[0]))
+
+        def say(line: str) -> None:
+            if "a ..." in line:
+                job.enter_context(claimed(claim(place, "b"), wait=False))
+
+        other = threading.Thread(target=come)
+        other.start()
+        with pytest.raises(UserError, match=r"b: .*claims/b is being made by process"):
+            Executor(stages, place, Machine(1, 8.0), say).execute()
+        other.join()
+    assert found == [True]
+    assert [line[:2] for line in journal(house)] == [["begin", "a"], ["end", "a"]]
+    run(house, stages)
+    assert set(outputs(house)) == {"a", "b", "c"}

@@ -62,7 +62,7 @@ def test_the_command_names_every_variant(run):
 def test_a_server_that_does_not_end_is_killed_with_its_workers():
     code = (
         "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        "print(os.fork(), flush=True); time.sleep(60)"
+        "os.write(1, b'%d\\n' % os.fork()); time.sleep(60)"  # a line at once: two processes write
     )
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
     said = {int(server.stdout.readline()), int(server.stdout.readline())}

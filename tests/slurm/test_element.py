@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from evaluate.cluster_element import DONE, FAILED, Element
-from evaluate.cluster_folder import new_folder, read_state, write, write_jobs, write_marks
+from evaluate.cluster_element import DONE, FAILED, REQUEUE, Element
+from evaluate.cluster_folder import new_folder, read_marks, read_state, write, write_jobs, write_marks
 from evaluate.cluster_jobs import Job, Needs
 from evaluate.stages import Stage
 from train import claim
@@ -65,6 +66,26 @@ def test_why_several_processes_failed_is_told_in_their_words(tmp_path, says, why
     assert state is not None and state.why.startswith(why)
 
 
+def test_large_inputs_are_hashed_in_turns_and_none_twice(tmp_path):
+    """The second one has no end before the time is over; the first is kept."""
+    run, needs = tmp_path / "run", Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("a model")
+    os.mkfifo(second)
+    folder = new_folder(run)
+    write(folder / "about.json", {"run": str(run), "large": [str(first), str(second)]})
+    write_jobs(folder, [Job("prepare", "prepare", needs, {0: ()})])
+    write_marks(folder, {})
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    assert Element(folder, "prepare", 0).execute() == REQUEUE
+    assert list(read_marks(folder)) == [first]
+    first.unlink()  # or it would be read again
+    second.unlink()
+    second.write_text("another")
+    assert Element(folder, "prepare", 0).execute() == DONE
+    assert set(read_marks(folder)) == {first, second}
+
+
 @pytest.mark.parametrize(
     ("number", "ends", "status"),
     [
@@ -87,3 +108,17 @@ def test_what_is_told_that_its_time_is_over_asks_for_another_turn(tmp_path, numb
         time.sleep(0.05)
     shell.send_signal(number)
     assert shell.wait(timeout=30) == status
+
+
+@pytest.mark.parametrize(
+    ("array", "named"), [({}, "12"), ({"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "12_3")]
+)
+def test_an_element_with_the_number_of_its_array_requeues_itself_alone(tmp_path, array, named):
+    """Any array has one: its last element, whose siblings would be ended and the finished ones run again."""
+    asked, scontrol = tmp_path / "asked", tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$*" >{asked}\nexit 1\n')  # refuses, or 60 s would be waited for the end
+    scontrol.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", **array}
+    words = ["bash", "-c", 'source scripts/slurm/lib.sh; run_requeueable bash -c "exit 75"']
+    subprocess.run(words, env=environment, check=False)
+    assert asked.read_text() == f"requeue {named}\n"

@@ -6,6 +6,7 @@ submit, sbatch, the element runner, claims, records, status. The real study is t
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from evaluate.cluster_status import lines, places
 from evaluate.cluster_submit import submit
 from evaluate.crew import Machine
 from evaluate.executor import Executor
+from evaluate.run_folder import STUDY
 from evaluate.stages import Stage
 from train.unfinished import partial_folder
 
@@ -144,7 +146,7 @@ class Submitted:
         return "\n".join([str(self.slurm.queue()), *(f"{p.name}: {p.read_text()}" for p in logs)])
 
     def files(self) -> dict[str, object]:
-        return {p.name: json.loads(p.read_text()) for p in self.run.glob("*.json")}
+        return {p.name: json.loads(p.read_text()) for p in self.run.glob("*.json") if p.name != STUDY}
 
     def same_as_local(self, tmp_path: Path, **slow) -> bool:
         assert set(self.status().values()) == {"done"}, self.told()
@@ -191,25 +193,29 @@ def test_a_plan_runs_as_arrays_and_ends_as_it_does_locally(slurm, tmp_path, monk
 
 
 def test_signals_requeues_and_a_dead_node_cost_time_and_nothing_else(slurm, tmp_path):
-    """Two array jobs run at once; one is told that its time is over, the other is requeued and loses its node."""
+    """Two array jobs run at once; one is told that its time is over, the other is requeued and loses its node.
+
+    The one that is told is the last of its array and has its number: its sibling must not be requeued with it.
+    """
     run, gate = tmp_path / "run", tmp_path / "gate"
     held = {"count": 5, "pause": 0.2, "gate": str(gate)}
     slow = {"train_a_one": held, "train_b_one": held}
     sent = Submitted(slurm, run, plan(run, **slow))
-    sent.until_started("train-a-one")
     sent.until_started("train-b-one")
-    slurm.run("scancel", "--signal=USR1", "--batch", sent.element("train-a-one"))
-    slurm.run("scontrol", "requeue", sent.element("train-b-one"))
-    sent.until_started("train-a-one", times=2)
-    node = sent.until_started("train-b-one", times=2)
-    assert last_state(run / "train-a-one.json") > 0  # it went on from there
+    sent.until_started("train-a-one")
+    slurm.run("scancel", "--signal=USR1", "--batch", sent.element("train-b-one"))
+    sent.until_started("train-b-one", times=2)
+    assert len(sent.starts("train-a-one")) == 1, sent.told()
+    slurm.run("scontrol", "requeue", sent.element("train-a-one"))
+    node = sent.until_started("train-a-one", times=2)
+    assert last_state(run / "train-b-one.json") > 0  # it went on from there
     slurm.kill_node(node)
-    sent.until_started("train-b-one", times=3)
+    sent.until_started("train-a-one", times=3)
     gate.touch()
     sent.finish()
     assert set(sent.status().values()) == {"done"}, sent.told()
     assert sent.files() == local_files(tmp_path, **slow)
-    assert len(sent.starts("train-b-one")) == 3
+    assert len(sent.starts("train-a-one")) == 3
 
 
 def test_a_preempted_training_goes_on_from_where_it_was(slurm, tmp_path):
@@ -405,7 +411,10 @@ def test_a_full_disk_fails_loudly_and_is_mended_by_resubmitting(slurm, tmp_path)
 
 
 def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
-    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed."""
+    """Jobs that start hours later must not mix two versions; put back, the study goes on where it failed.
+
+    While they wait, the same command does not leave them to it: it says how to end them, and takes the new version.
+    """
     run = tmp_path / "run"
     run.mkdir()
     recipe = tmp_path / "recipe.yaml"
@@ -415,6 +424,14 @@ def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
     stages[1] = replace(stages[1], inputs=(*stages[1].inputs, recipe))
     sent = Submitted(slurm, run, stages, all={"arguments": ["--hold"]})
     recipe.write_text("rate: 2\n")
+    with pytest.raises(UserError, match=r"recipe.yaml was edited") as refused:
+        sent.submit()
+    slurm.run(*shlex.split(re.findall("scancel .*", str(refused.value))[0]))
+    sent.until(lambda: len(slurm.queue()) == 1, "the end of it, and of what waited for it")
+    assert sent.status() == {"data-x": "waiting", "train-a": "blocked", "report": "blocked"}
+    sent.submit()
+    assert set(sent.status().values()) == {"waiting"}
+    recipe.write_text("rate: 3\n")
     told = "\n".join(lines(run, places(run)))
     assert "until it is released" in told and "nothing to mend" not in told
     command = next(line for line in told.splitlines() if "scontrol release" in line)
@@ -426,7 +443,7 @@ def test_an_input_edited_after_submission_is_refused(slurm, tmp_path):
     assert state is not None and "recipe.yaml changed since the study was submitted" in state.why
     with pytest.raises(UserError, match="train-a failed"):
         sent.submit()
-    recipe.write_text("rate: 1\n")
+    recipe.write_text("rate: 2\n")
     sent.profile = replace(sent.profile, all=Options())
     sent.submit(again=True)
     sent.finish()

@@ -75,6 +75,19 @@ def test_what_is_done_is_left_out_and_what_is_queued_is_waited_for():
     assert jobs_of(done={s.id for s in PLAN}) == []
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["all-to-do", "prepared-before"])
+def test_large_inputs_are_hashed_by_a_job_that_all_others_wait_for(prepared):
+    """Its time is theirs too; with nothing else to prepare it is made for them."""
+    done = {s.id for s in PLAN if s.module in ("evaluate.questions", "train.data")} if prepared else set()
+    jobs = make_jobs(PLAN, done=done, queued={}, profile=Profile(), max_array=1001, hash_minutes=100)
+    waits_enough(PLAN, jobs, done)
+    first = jobs[0]
+    assert (first.kind, list(first.elements), first.elements[0] == ()) == ("prepare", [0], prepared)
+    assert first.needs.minutes >= 150 and all(job.needs.minutes < 150 for job in jobs[1:])
+    assert all("prepare" in job.behind for job in jobs[1:])
+    assert make_jobs([], done=set(), queued={}, profile=Profile(), max_array=9, hash_minutes=100) == []
+
+
 def test_one_failed_element_is_submitted_alone_with_what_waited_for_it():
     lost = "train-mini-code-realigned-s0"
     again = {lost, "sample-mini-code-realigned-s0", "judge-mini-code-realigned-s0", "tables", "report"}
