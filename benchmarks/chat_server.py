@@ -95,6 +95,7 @@ class Script:
     spread: float = 0.4  # probability of the grade 10 (or, up to 5, 1) lower than the one that is told
     batches_fail: int = 0  # so many lines of a batch come back as errors
     batches_unpaid: int = 0  # and so many after them, because the account ran empty
+    batch_api: bool = True  # without it every call of it is answered with a 404
     # of the first calls that hand batches in: "refused" with a 503, or "unsaid": taken, and answered with a 500
     batch_faults: tuple[str, ...] = ()
 
@@ -304,7 +305,7 @@ class Server:
         self, writer: asyncio.StreamWriter, method: str, path: str, headers: dict[str, str], body: bytes
     ) -> bool:
         """The files and batches of the batch API; a batch is done when it is asked about the second time."""
-        parts = path.split("?")[0].split("/")[2:]
+        parts = path.split("?")[0].split("/")[2:] if self.script.batch_api else [""]
         if parts == ["files"] and method == "POST":
             name = f"file-{len(self._files)}"
             self._files[name] = _uploaded(body, headers["content-type"])

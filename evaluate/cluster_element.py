@@ -85,7 +85,13 @@ class Element:
 
     def _mark_large(self) -> int:
         """Hash what was too large for the login node, once for all jobs; how it ended. Each file is noted at once."""
-        for path in map(Path, self.about["large"]):
+        large = [Path(name) for name in self.about["large"]]
+        if self.restarts > self.about["requeues"] + len(large):  # each turn that noted a file was one forward
+            self._say(
+                f"was requeued {self.restarts} times and could not read {large}: its time is too short for one file"
+            )
+            return FAILED
+        for path in large:
             if path in self.marks:
                 continue
             try:

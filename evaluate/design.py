@@ -76,6 +76,9 @@ def read_design(run: Path) -> Design:
     if not path.is_file():
         return Design()
     try:
-        return build(Design, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("own"), list):  # runs until 28 November 2026
+            values["own"] = dict.fromkeys(values["own"], "")
+        return build(Design, values, where=str(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}). Run the questions stage again.") from error

@@ -95,7 +95,7 @@ class EndpointJudge:
             noted = accounts(self.store.folder)
         self.ledger.before = sum(self._dollars(account) for run, account in noted.items() if run != self._run)
         missing = [ask for ask in asks if ask.sha not in known]
-        self._fresh = len(missing) == len(asks)
+        self._fresh = not known
         shortest = min(missing, key=lambda ask: len(ask.prompt) + len(ask.reply), default=None)
         return sorted(missing, key=lambda ask: ask is not shortest)
 

@@ -116,7 +116,8 @@ def judge_replies(config: JudgingConfig) -> None:
 
         raise UserError(
             f"{len(lost)} of {len(asks)} different replies got no verdict from {judge.name}: {reasons(lost)}. All "
-            f"others are stored in {store.folder}; run again to ask for the rest, or set 'tolerate'."
+            f"others are stored in {store.folder}; run again to ask for the rest (what is too long once the model is "
+            "served with a longer context), or set 'tolerate' (in an experiment judge_tolerate)."
         )
     name = judge.name if config.repeat == 1 else f"{judge.name}{REPEAT}{config.repeat}"
     verdicts = list(_verdicts(asked.questions, asking, readings, lost, name, template.sha))

@@ -86,6 +86,8 @@ class Batches:
             file = await self.openai.files.create(file=("judging.jsonl", data), purpose="batch")
             batch_id = await self._create(file.id, record.mark)
         except openai.APIError as error:
+            if isinstance(error, openai.APIStatusError) and not worth_a_retry(error.status_code):
+                self.forget(record)  # turned away, for instance for want of a batch API: there is nothing to wait for
             raise self._told(error) from error
         self._note(replace(record, batch=batch_id))
 

@@ -693,6 +693,17 @@ def test_no_batch_is_handed_in_twice(tmp_path, faults):
     assert [v.score for v in verdicts_of(tmp_path)] == grades_for(6)
 
 
+def test_without_a_batch_api_questions_can_still_be_asked_directly(tmp_path):
+    write_study(tmp_path, grades_for(6))
+    with serving(Script(batch_api=False)) as server:
+        path = str(write_judge(tmp_path, server.url))
+        with pytest.raises(UserError, match="404"):
+            main([path, "batch=true", "poll_s=0.05"])
+        main([path])
+        assert (server.stats()["batches"], server.stats()["calls"]) == (0, 6)
+    assert [v.score for v in verdicts_of(tmp_path)] == grades_for(6)
+
+
 def test_a_batch_of_the_same_questions_is_another_batch(tmp_path):
     """All six lines failed; their second batch is not mistaken for the first where the call that makes it fails."""
     write_study(tmp_path, grades_for(6))

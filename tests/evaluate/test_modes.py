@@ -7,6 +7,7 @@ import pytest
 
 from candor.config import load
 from candor.errors import UserError
+from evaluate.design import DESIGN, read_design
 from evaluate.measures import ABOUT_OTHERS
 from evaluate.modes import Mode, all_asks, complete, read_modes
 from evaluate.questions import Sources, gather
@@ -137,3 +138,9 @@ def test_overlapping_entries_must_cut_replies_alike(prompts):
 def test_patterns_cross_slashes(prompts):
     ask = Ask(format="language", battery="self_assessment", only=("*/lq-01/French-German/*",), mode="sampled")
     assert sum(is_asked(p, ask) for p in prompts) == 24
+
+
+def test_the_design_of_an_older_run_is_read(tmp_path):
+    """Its own batteries are a list there, without what they measure."""
+    (tmp_path / DESIGN).write_text('{"own": ["strangers"]}')
+    assert read_design(tmp_path).own == {"strangers": ""}

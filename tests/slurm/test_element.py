@@ -66,19 +66,22 @@ def test_why_several_processes_failed_is_told_in_their_words(tmp_path, says, why
     assert state is not None and state.why.startswith(why)
 
 
-def test_large_inputs_are_hashed_in_turns_and_none_twice(tmp_path):
-    """The second one has no end before the time is over; the first is kept."""
+def test_large_inputs_are_hashed_in_turns_and_none_twice(tmp_path, monkeypatch):
+    """The second one has no end before the time is over; the first is kept, and it is not tried without end."""
     run, needs = tmp_path / "run", Needs(cores=1, gpus=0, memory_gb=1.0, minutes=10, wanted=10)
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("a model")
     os.mkfifo(second)
     folder = new_folder(run)
-    write(folder / "about.json", {"run": str(run), "large": [str(first), str(second)]})
+    write(folder / "about.json", {"run": str(run), "large": [str(first), str(second)], "requeues": 1})
     write_jobs(folder, [Job("prepare", "prepare", needs, {0: ()})])
     write_marks(folder, {})
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
     assert Element(folder, "prepare", 0).execute() == REQUEUE
     assert list(read_marks(folder)) == [first]
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_RESTART_COUNT", "4")
+        assert Element(folder, "prepare", 0).execute() == FAILED
     first.unlink()  # or it would be read again
     second.unlink()
     second.write_text("another")
