@@ -36,10 +36,10 @@ def v1(limit: int, usage: int, inactive: int = 0) -> dict[str, str]:
 
 def test_the_lowest_limit_on_the_way_up_counts(tmp_path):
     """Version 2; a service's own group says 4 cores and no memory, the slice above it 2.5 and 8 GiB."""
-    here = proc(tmp_path, "0::/work.slice/me.service\n", "30 1 0:5 / {point}/fs rw - cgroup2 cgroup2 rw\n")
+    here = proc(tmp_path, "0::/jobs.slice/me.service\n", "30 1 0:5 / {point}/fs rw - cgroup2 cgroup2 rw\n")
     group(tmp_path / "fs", cgroup__controllers="cpu memory")  # the topmost has no limits
-    group(tmp_path / "fs/work.slice", cpu__max="250000 100000", **v2(str(8 * GIB), 5 * GIB, inactive=GIB))
-    group(tmp_path / "fs/work.slice/me.service", cpu__max="400000 100000", **v2("max", GIB))
+    group(tmp_path / "fs/jobs.slice", cpu__max="250000 100000", **v2(str(8 * GIB), 5 * GIB, inactive=GIB))
+    group(tmp_path / "fs/jobs.slice/me.service", cpu__max="400000 100000", **v2("max", GIB))
     group(tmp_path / "fs/other.slice", cpu__max="50000 100000", **v2(str(GIB), 0))
     assert (cpu_limit(here), memory_left(here)) == (2.5, 4 * GIB)
 
