@@ -49,9 +49,8 @@ _ROOMS = ("candor", "train", "serve", "evaluate", "scripts/slurm")
 _HASH_NOW = 64_000_000  # bytes; larger inputs are hashed by the first job, not on the login node
 _HASH_PER_MINUTE = 6e9  # bytes: 100 MB/s, as of a network file system that others use too
 _ACCELERATE = "accelerate.yaml"  # the copy among the code
-_TOO_MANY = re.compile(
-    r"submit limit|MaxSubmit|QOS policy", re.IGNORECASE
-)  # of an account or a QoS, not of the cluster
+# The limit of an account or a QoS, not of the cluster
+_TOO_MANY = re.compile(r"submit limit|MaxSubmit|QOS policy", re.IGNORECASE)
 _MAX_JOBS = (
     " If that is the limit on submitted jobs (sacctmgr show assoc user=$USER format=QOS,MaxSubmit; sacctmgr show qos "
     "format=Name,MaxSubmitPU), set max_jobs in the profile to it: arrays are split to fit, the rest is for later."
@@ -259,9 +258,7 @@ def _known(run: Path) -> dict[Path, FileMark]:
 
 
 def _is_large(path: Path, known: Mapping[Path, FileMark]) -> bool:
-    stat, mark = path.stat(), known.get(path)
-    seen = mark is not None and (mark.size, mark.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-    return stat.st_size > _HASH_NOW and not seen
+    return path.stat().st_size > _HASH_NOW and not (path in known and known[path].untouched(path))
 
 
 def _in_queue(run: Path) -> tuple[dict[str, str], list[str]]:

@@ -119,7 +119,7 @@ class EndpointJudge:
             n = len(missing.keys() & {key for record in ours for key in record.keys})
             files = ", ".join(str(record.path) for record in ours)
             sys.stderr.write(
-                f"judge {self.config.name}: {n} questions are in batches that were handed in earlier and are paid; "
+                f"judge {self.config.name}: {n} questions are in batches that were handed in earlier; "
                 f"waiting for their answers before the rest is asked (to give the batches up, delete {files})\n"
             )
         return ours

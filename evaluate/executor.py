@@ -172,9 +172,8 @@ class Executor:
             if self.submitted:
                 claims = self.claims[stage.id] = contextlib.ExitStack()
                 claims.enter_context(claimed(claim(self.run_folder, stage.id), wait=False))
-                if (
-                    self._found_done(stage) or stage.id in self.failures
-                ):  # by a job, between a look at its record and the claim
+                # a job may have made it between the look at its record and the claim
+                if self._found_done(stage) or stage.id in self.failures:
                     self.claims.pop(stage.id).close()
                     return
         except UserError as error:

@@ -608,9 +608,8 @@ def runs_a_model(module: str, config: Mapping[str, Any]) -> bool:
     """Whether a stage has a model's weights in memory, which it has not where an endpoint answers."""
     if module == "serve.sample":
         return config["base"] is not None
-    return module == "train.sft" or (
-        module == "evaluate.judge" and "store" not in config
-    )  # a store: of endpoints alone
+    # only judges behind an endpoint share a store
+    return module == "train.sft" or (module == "evaluate.judge" and "store" not in config)
 
 
 def refuse_keyless(stages: Sequence[Stage]) -> None:

@@ -58,12 +58,14 @@ class FileMark:
     mtime_ns: int
     sha: str
 
+    def untouched(self, path: Path) -> bool:
+        """Whether a file has still this size and date, so that it need not be read."""
+        stat = path.stat()
+        return (self.size, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
     def is_of(self, path: Path) -> bool:
         """Whether a file is still so."""
-        stat = path.stat()
-        if (self.size, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return True
-        return self.size == stat.st_size and self.sha == sha256_file(path)
+        return self.untouched(path) or (self.size == path.stat().st_size and self.sha == sha256_file(path))
 
 
 def check_plan(stages: Sequence[Stage], *, absent_ok: bool = False) -> None:
@@ -198,12 +200,11 @@ class Records:
         changed = [name for name in {**found, **marks} if name not in found or name not in marks]
         for name, path in found.items():
             if name in marks:
-                old, stat = FileMark(*marks[name]), path.stat()
-                same = (old.size, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
-                if not same and (old.size != stat.st_size or old.sha != self.mark(path).sha):
-                    changed.append(name)
-                elif same:
+                old = FileMark(*marks[name])
+                if old.untouched(path):
                     self._marks.setdefault(path, old)
+                elif old.size != path.stat().st_size or old.sha != self.mark(path).sha:
+                    changed.append(name)
         now, then = self._decides(stage), record.get("decides", {})
         return sorted(name for name in changed if name not in marks or name not in now or now[name] != then.get(name))
 
